@@ -1,0 +1,94 @@
+"""The gateway: the producer over HTTP, the relay's streams, and the watch over jobs whose worker died."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from promptmill.client import AsyncProducer
+from promptmill.enqueue import Enqueuer
+from promptmill.settings import Settings
+from promptmill.store import Store
+from promptmill.watch import Watcher
+from promptmill_gateway.failures import add_failures
+from promptmill_gateway.openapi import describe
+from promptmill_gateway.routes import HealthRoutes, JobRoutes
+from promptmill_relay.auth import Access
+from promptmill_relay.door import Door
+from promptmill_relay.problem import ASGIApp, Receive, Scope, Send
+from promptmill_relay.server import Service
+from promptmill_relay.stream import StreamEndpoint, stream_job
+
+
+class GatewayApp:
+    """Streams go straight to the relay's endpoint: FastAPI's layers would cost something for every token."""
+
+    def __init__(self, api: ASGIApp, streams: StreamEndpoint) -> None:
+        self._api = api
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and stream_job(scope["path"]) is not None:
+            await self._streams(scope, receive, send)
+        else:
+            await self._api(scope, receive, send)
+
+
+def build_gateway(settings: Settings, producer: AsyncProducer, access: Access, streams: StreamEndpoint) -> ASGIApp:
+    """The ASGI application; it opens and closes nothing."""
+    api = FastAPI(
+        title="promptmill",
+        version=version("promptmill"),
+        description="Submit completion jobs, follow them token by token, and stop them.",
+        # The pages that show the document load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    api.include_router(JobRoutes(settings, producer, access).router())
+    api.include_router(HealthRoutes(producer).router())
+    add_failures(api)
+    api.openapi = lambda: describe(api)
+    return Door(GatewayApp(api, streams), settings, is_open=access.is_open)
+
+
+@asynccontextmanager
+async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
+    """The gateway with its connections and its watcher, which end with the block.
+
+    Raises
+    ------
+    ConfigError
+        A configured key cannot be read.
+    StoreUnavailable
+        Redis cannot be reached, refuses us, or is too old.
+    """
+    store = await Store.connect(settings.store_url)
+    try:
+        access = Access.of(settings, store)
+        async with AsyncProducer(settings, store=store) as producer:
+            hub = await producer.hub()
+            await hub.start()
+            streams = StreamEndpoint(settings, hub, access)
+            async with _watching(store, settings) as watcher:
+                yield Service(build_gateway(settings, producer, access, streams), streams, (watcher,))
+    finally:
+        await store.aclose()
+
+
+@asynccontextmanager
+async def _watching(store: Store, settings: Settings) -> AsyncGenerator[asyncio.Task[None]]:
+    """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
+    enqueuer = Enqueuer(settings.queue_url)
+    watcher = asyncio.create_task(Watcher(store, settings, enqueuer).run(), name="watcher")
+    try:
+        yield watcher
+    finally:
+        watcher.cancel()
+        # Waits without raising: what made it fail is raised by who serves.
+        await asyncio.wait([watcher])
+        await enqueuer.aclose()

@@ -1,0 +1,112 @@
+"""``promptmill run``."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import aclosing
+from typing import Annotated, Any
+
+import typer
+
+from promptmill.client import AsyncJob
+from promptmill.errors import BadRequest, PromptmillError, WaitTimeout
+from promptmill.settings import Settings
+from promptmill.up.signals import StopRequest, stop_on_signals
+
+from . import exits
+from .common import CANCEL_WAIT_S, ConfigOption, DataDirOption, JsonOption, client_settings, open_producer, unless_asked
+from .output import EventPrinter, note
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Tell the job's id and progress on standard error.")]
+
+
+def run(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; `-` or none: read it from standard input.")] = None,
+    *,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A model of the configuration.")] = None,
+    role: Annotated[str | None, typer.Option(help="A role of the configuration.")] = None,
+    slot: Annotated[str | None, typer.Option(help="A slot of the role: primary, backup_1 …")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens that the answer may have.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="The sampling temperature.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.001, metavar="SECONDS", help="Wait no longer than this; the job goes on.")
+    ] = None,
+    verbose: Verbose = False,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Run one job and stream its answer.
+
+    The answer, and nothing else, goes to standard output; --json writes each event as one line of JSON instead.
+    Ctrl-C cancels the job.
+    """
+    options: dict[str, Any] = {
+        "system": system,
+        "model": model,
+        "role": role,
+        "slot": slot,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
+    settings = client_settings(config, data_dir)
+    text = _prompt(prompt, settings.limits.request_bytes)
+    code = asyncio.run(_run(settings, text, options, timeout, as_json=as_json, verbose=verbose))
+    raise typer.Exit(code)
+
+
+def _prompt(argument: str | None, limit: int) -> str:
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise BadRequest("give a prompt as an argument or on standard input", field="prompt")
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise BadRequest(
+            f"standard input has more than {limit} bytes", code="too_large", field="prompt", limit=limit
+        )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as err:
+        raise BadRequest(f"standard input is not UTF-8 (byte {err.start})", field="prompt") from None
+
+
+async def _run(
+    settings: Settings, prompt: str, options: dict[str, Any], timeout_s: float | None, *, as_json: bool, verbose: bool
+) -> int:
+    with stop_on_signals() as stop:
+        async with open_producer(settings) as producer:
+            job = await unless_asked(stop, producer.submit(prompt, **options))
+            if job is None:
+                return exits.INTERRUPTED
+            if verbose:
+                note(f"(job {job.id})")
+            return await _follow(stop, job, EventPrinter(job.id, as_json=as_json, verbose=verbose), timeout_s)
+
+
+async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeout_s: float | None) -> int:
+    async def show() -> int:
+        async with aclosing(job.events()) as events:
+            async for event in events:
+                printer.show(event)
+        return printer.exit_code
+
+    try:
+        code = await unless_asked(stop, show(), timeout_s)
+    except TimeoutError:
+        printer.break_line()
+        raise WaitTimeout(
+            f"no end within {timeout_s:g} s; the job goes on: `promptmill job stream {job.id}`"
+        ) from None
+    if code is not None:
+        return code
+    printer.break_line()
+    try:
+        await asyncio.wait_for(job.cancel("interrupted at the terminal"), CANCEL_WAIT_S)
+    except (PromptmillError, TimeoutError) as err:
+        note(f"the job could not be cancelled ({err or 'no answer'}): `promptmill job cancel {job.id}`")
+    else:
+        note(f"cancelled job {job.id}")
+    return exits.INTERRUPTED

@@ -1,0 +1,37 @@
+"""The keyword arguments of ``submit``, once for both producers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from promptmill.contract import JobRequest, Message, Priority, Timeouts, parse_request
+
+
+class RequestOptions(TypedDict, total=False):
+    """What :class:`~promptmill.contract.JobRequest` takes beside the prompt; None means not given."""
+
+    system: str | None
+    model: str | None
+    role: str | None
+    slot: str | None
+    max_tokens: int | None
+    temperature: float | None
+    stop: str | list[str] | None
+    user: str | None
+    metadata: dict[str, Any] | None
+    priority: Priority | None
+    timeouts: Timeouts | dict[str, float] | None
+    idempotency_key: str | None
+
+
+def build_request(
+    prompt: str | None, messages: Sequence[Message | dict[str, Any]] | None, options: RequestOptions
+) -> JobRequest:
+    """A checked request. Raises :class:`~promptmill.errors.BadRequest`."""
+    data: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    if prompt is not None:
+        data["prompt"] = prompt
+    if messages is not None:
+        data["messages"] = list(messages)
+    return parse_request(data)

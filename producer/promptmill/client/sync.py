@@ -1,0 +1,149 @@
+"""The synchronous producer: the asynchronous one, run in an event loop of a background thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from promptmill.client.aio import AsyncProducer, Messages
+from promptmill.client.options import RequestOptions
+from promptmill.client.pages import JobPage, Readiness
+from promptmill.contract import Event, Job, JobRequest, JobState, Restart, Token
+from promptmill.settings import Settings
+
+T = TypeVar("T")
+
+
+class JobHandle:
+    """A submitted job: its id, and what can be done with it."""
+
+    __slots__ = ("_producer", "id")
+
+    def __init__(self, producer: Producer, job_id: str) -> None:
+        self._producer = producer
+        self.id = job_id
+
+    def __repr__(self) -> str:
+        return f"JobHandle({self.id!r})"
+
+    def get(self) -> Job:
+        """The job as it stands now."""
+        return self._producer.get(self.id)
+
+    def events(self, after: str | None = None) -> Generator[Event, None, None]:
+        """See :meth:`AsyncProducer.events`."""
+        return self._producer.events(self.id, after)
+
+    def stream(self) -> Generator[Token | Restart, None, None]:
+        """See :meth:`AsyncProducer.stream`."""
+        return self._producer.stream(self.id)
+
+    def result(self, timeout_s: float | None = None) -> Job:
+        """See :meth:`AsyncProducer.result`."""
+        return self._producer.result(self.id, timeout_s)
+
+    def cancel(self, reason: str = "cancelled by the caller") -> Job:
+        """See :meth:`AsyncProducer.cancel`."""
+        return self._producer.cancel(self.id, reason)
+
+
+class Producer:
+    """:class:`~promptmill.client.AsyncProducer` for code without an event loop. May be shared between threads.
+
+    After a fork, make a new one in the child: the thread that drives it stays in the parent.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, redis_url: str | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="promptmill-producer", daemon=True)
+        self._producer = AsyncProducer(settings, redis_url=redis_url)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection and end the thread. Safe to repeat."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._producer.aclose)
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self, call: Callable[[], Awaitable[T]]) -> T:
+        async def wait() -> T:
+            return await call()
+
+        future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C here must not leave the call running there.
+            future.cancel()
+            raise
+
+    def _iterate(self, generator: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+        try:
+            while True:
+                try:
+                    yield self._run(generator.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._run(generator.aclose)
+
+    def submit(
+        self, prompt: str | None = None, *, messages: Messages | None = None, **options: Unpack[RequestOptions]
+    ) -> JobHandle:
+        """See :meth:`AsyncProducer.submit`."""
+        job = self._run(lambda: self._producer.submit(prompt, messages=messages, **options))
+        return JobHandle(self, job.id)
+
+    def submit_request(self, request: JobRequest) -> JobHandle:
+        """See :meth:`AsyncProducer.submit_request`."""
+        return JobHandle(self, self._run(lambda: self._producer.submit_request(request)).id)
+
+    def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> list[JobHandle]:
+        """See :meth:`AsyncProducer.submit_many`."""
+        return [JobHandle(self, job.id) for job in self._run(lambda: self._producer.submit_many(requests))]
+
+    def get(self, job_id: str) -> Job:
+        """See :meth:`AsyncProducer.get`."""
+        return self._run(lambda: self._producer.get(job_id))
+
+    def list(
+        self, user: str | None = None, state: JobState | None = None, limit: int = 50, cursor: str | None = None
+    ) -> JobPage:
+        """See :meth:`AsyncProducer.list`."""
+        return self._run(lambda: self._producer.list(user, state, limit, cursor))
+
+    def events(self, job_id: str, after: str | None = None) -> Generator[Event, None, None]:
+        """See :meth:`AsyncProducer.events`."""
+        return self._iterate(self._producer.events(job_id, after))
+
+    def stream(self, job_id: str) -> Generator[Token | Restart, None, None]:
+        """See :meth:`AsyncProducer.stream`."""
+        return self._iterate(self._producer.stream(job_id))
+
+    def result(self, job_id: str, timeout_s: float | None = None) -> Job:
+        """See :meth:`AsyncProducer.result`."""
+        return self._run(lambda: self._producer.result(job_id, timeout_s))
+
+    def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> Job:
+        """See :meth:`AsyncProducer.cancel`."""
+        return self._run(lambda: self._producer.cancel(job_id, reason))
+
+    def ready(self) -> Readiness:
+        """See :meth:`AsyncProducer.ready`."""
+        return self._run(self._producer.ready)

@@ -1,0 +1,266 @@
+"""What a producer asks for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from promptmill.contract.limits import Limits
+from promptmill.errors import BadRequest
+from promptmill.text import clean_text
+
+Priority = Literal["interactive", "batch"]
+
+
+def _clean(value: Any) -> Any:
+    return clean_text(value) if isinstance(value, str) else value
+
+
+def _clean_tree(value: Any) -> Any:
+    """JSON with every string cleaned, keys too; one lone surrogate would make the record unwritable."""
+    if isinstance(value, dict):
+        return {_clean(k): _clean_tree(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list):
+        return [_clean_tree(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    return _clean(value)
+
+
+Text = Annotated[str, BeforeValidator(_clean)]
+"""Text without lone surrogates: they are joined or replaced when the request is read."""
+
+Name = Annotated[str, BeforeValidator(_clean), Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A short name without control characters."""
+
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    # A misspelt field is an error: silently ignoring `max_token` would cost money.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextPart(_Strict):
+    """A piece of text in a message."""
+
+    type: Literal["text"] = "text"
+    text: Text
+
+
+class ImagePart(_Strict):
+    """A picture: ``data`` (base64, with its ``media_type``) or ``url``, exactly one of them."""
+
+    type: Literal["image"] = "image"
+    media_type: Literal["image/png", "image/jpeg", "image/gif", "image/webp"] | None = None
+    data: str | None = None
+    url: Annotated[str, Field(pattern=r"^https?://\S+$", max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.data is None) == (self.url is None):
+            raise ValueError("an image needs either data or url")
+        if self.data is not None:
+            if self.media_type is None:
+                raise ValueError("an image with data needs its media_type")
+            try:
+                base64.b64decode(self.data, validate=True)
+            except (binascii.Error, ValueError) as err:
+                raise ValueError("image data is not base64") from err
+        return self
+
+    @property
+    def size_bytes(self) -> int:
+        """The decoded picture's size; 0 for a picture named by URL."""
+        return len(self.data) * 3 // 4 if self.data else 0
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = str | list[Part]
+
+
+class Message(_Strict):
+    """One turn of the conversation."""
+
+    role: Literal["user", "assistant"]
+    content: Annotated[
+        Annotated[Text, Field(min_length=1), Tag("text")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
+        # Chosen by form, so that an error names one branch and not all of them.
+        Discriminator(lambda value: "parts" if isinstance(value, list) else "text"),
+    ]
+
+    @property
+    def parts(self) -> list[TextPart | ImagePart]:
+        """The content as parts, whichever form it came in."""
+        return [TextPart(text=self.content)] if isinstance(self.content, str) else list(self.content)
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(p.text for p in self.parts if isinstance(p, TextPart))
+
+
+class Timeouts(_Strict):
+    """Bounds in seconds, each with its own error code; None leaves it to the model's configuration.
+
+    ``queue_s``: expires unstarted (``expired``); ``connect_s``, ``first_token_s``, ``idle_s`` (between tokens) and
+    ``total_s`` (one attempt) end an attempt as ``timeout_connect`` … ``timeout_total``.
+    """
+
+    queue_s: Seconds | None = None
+    connect_s: Seconds | None = None
+    first_token_s: Seconds | None = None
+    idle_s: Seconds | None = None
+    total_s: Seconds | None = None
+
+    def over(self, defaults: Timeouts) -> Timeouts:
+        """These bounds, with ``defaults`` where one is not set."""
+        return Timeouts(**{**defaults.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
+
+
+class JobRequest(_Strict):
+    """A completion to run. Give ``prompt`` or ``messages``; ``prompt`` becomes one user message.
+
+    ``model`` names an entry of the registry; ``role`` (with an optional ``slot``) lets the configuration choose; with
+    neither the default model answers. A leading message of role ``system`` becomes ``system``.
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    system: Text | None = None
+    model: Name | None = None
+    role: Name | None = None
+    slot: Name | None = None
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    stop: list[Annotated[Text, Field(min_length=1, max_length=1000)]] | None = None
+    user: Name = "default"
+    metadata: Annotated[dict[Name, JsonValue], BeforeValidator(_clean_tree)] = Field(default_factory=dict)
+    priority: Priority = "interactive"
+    timeouts: Timeouts = Timeouts()
+    idempotency_key: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_form(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        prompt = data.pop("prompt", None)
+        messages = data.get("messages")
+        if prompt is not None:
+            if messages is not None:
+                raise ValueError("give prompt or messages, not both")
+            data["messages"] = [{"role": "user", "content": prompt}]
+        elif messages is None:
+            raise ValueError("give prompt or messages")
+        elif isinstance(messages, list) and messages:
+            first: Any = messages[0]  # pyright: ignore[reportUnknownVariableType]
+            if isinstance(first, dict) and first.get("role") == "system":  # pyright: ignore[reportUnknownMemberType]
+                if data.get("system") is not None:
+                    raise ValueError("give system once: as a field or as the first message")
+                data["system"], data["messages"] = first.get("content"), messages[1:]  # pyright: ignore[reportUnknownMemberType]
+        return data  # pyright: ignore[reportUnknownVariableType]
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.model and self.slot:
+            raise ValueError("give model or slot, not both: a slot belongs to a role")
+        if self.model and self.role:
+            raise ValueError("give model or role, not both: a role chooses its own model")
+        if self.slot and not self.role:
+            raise ValueError("slot needs role")
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        if not any(m.text.strip() or any(isinstance(p, ImagePart) for p in m.parts) for m in self.messages):
+            raise ValueError("the prompt is empty")
+        return self
+
+    def check_limits(self, limits: Limits) -> None:
+        """Raise ``too_large``, naming field and limit, where the request is out of bounds."""
+        parts = [p for m in self.messages for p in m.parts]
+        images = [p for p in parts if isinstance(p, ImagePart)]
+        text_bytes = sum(len(p.text.encode()) for p in parts if isinstance(p, TextPart))
+        text_bytes += len((self.system or "").encode())
+        for field, size, limit in (
+            ("messages", len(self.messages), limits.messages),
+            ("messages.text", text_bytes, limits.text_bytes),
+            ("messages.images", len(images), limits.images),
+            ("messages.image", max((p.size_bytes for p in images), default=0), limits.image_bytes),
+            ("metadata", len(json.dumps(self.metadata).encode()), limits.metadata_bytes),
+            ("max_tokens", self.max_tokens or 0, limits.max_tokens),
+            ("stop", len(self.stop or ()), limits.stop_sequences),
+        ):
+            if size > limit:
+                raise BadRequest(f"{field} is {size}, the limit is {limit}", code="too_large", field=field, limit=limit)
+
+    def to_json(self) -> bytes:
+        """The canonical form that is stored and whose digest guards an idempotency key."""
+        return self.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
+
+
+def parse_request(data: bytes | str | dict[str, Any] | JobRequest, limits: Limits | None = None) -> JobRequest:
+    """A checked request from JSON, from a dict, or from a request built by hand.
+
+    Raises
+    ------
+    BadRequest
+        ``bad_request`` with ``field`` where the data is malformed (not UTF-8, not JSON, an unknown or wrong field), or
+        ``too_large`` with ``field`` and ``limit``.
+    """
+    limits = limits or Limits()
+    if isinstance(data, bytes | str):
+        size = len(data) if isinstance(data, bytes) else len(data.encode("utf-8", "surrogatepass"))
+        if size > limits.request_bytes:
+            raise BadRequest(
+                f"the request is {size} bytes, the limit is {limits.request_bytes}",
+                code="too_large",
+                field="request",
+                limit=limits.request_bytes,
+            )
+        data = _decode(data)
+    try:
+        request = data if isinstance(data, JobRequest) else JobRequest.model_validate(data)
+    except ValidationError as err:
+        raise _bad_request(err) from None
+    request.check_limits(limits)
+    return request
+
+
+def _decode(data: bytes | str) -> Any:
+    try:
+        # The standard library's parser keeps escaped lone surrogates, which are then cleaned; stricter ones refuse.
+        value = json.loads(data.decode() if isinstance(data, bytes) else data)
+    except UnicodeDecodeError as err:
+        raise BadRequest(f"the request is not UTF-8 (byte {err.start})", field="request") from None
+    except (ValueError, RecursionError) as err:
+        raise BadRequest(f"the request is not JSON: {err}", field="request") from None
+    if not isinstance(value, dict):
+        raise BadRequest("the request must be a JSON object", field="request")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _bad_request(err: ValidationError) -> BadRequest:
+    first = err.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(str(part) for part in first["loc"]) or "request"
+    reason = "no such field" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    more = err.error_count() - 1
+    message = f"{field}: {reason}" + (f" (and {more} more)" if more else "")
+    return BadRequest(message, field=field)

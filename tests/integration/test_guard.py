@@ -1,0 +1,177 @@
+"""The guard as a process: whatever dies, whichever way, its program does not stay."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from promptmill.up import guard as guard_module
+from promptmill.up.part import guard_interpreter
+from tests.support.processes import alive, wait_gone
+
+DEAF = "import signal,time,sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsys.stderr.write('deaf\\n')\ntime.sleep(600)"
+
+
+@dataclass
+class Guarded:
+    process: subprocess.Popen[bytes]
+    lifeline_end: int
+    program: int = 0
+
+    def report(self, timeout_s: float = 10) -> str:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        assert ready, "the guard reports nothing"
+        return self.process.stdout.readline().decode().strip()
+
+    def heard(self, timeout_s: float = 10) -> str:
+        assert self.process.stderr is not None
+        ready, _, _ = select.select([self.process.stderr], [], [], timeout_s)
+        assert ready, "the program says nothing"
+        return self.process.stderr.readline().decode().strip()
+
+    def cut_lifeline(self) -> None:
+        os.close(self.lifeline_end)
+        self.lifeline_end = -1
+
+
+class Starter:
+    def __init__(self) -> None:
+        self.started: list[Guarded] = []
+
+    def __call__(self, *command: str, grace_s: float = 5, stdin: bytes = b"", lock_fd: int = -1) -> Guarded:
+        lifeline, end = os.pipe()
+        process = subprocess.Popen(
+            [
+                *(guard_interpreter(), "-I", "-S", guard_module.__file__),
+                *(str(lifeline), str(grace_s), str(lock_fd), "--", *command),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+            pass_fds=[lifeline, *([lock_fd] if lock_fd >= 0 else [])],
+        )
+        os.close(lifeline)
+        assert process.stdin
+        process.stdin.write(stdin)
+        process.stdin.close()
+        guarded = Guarded(process, end)
+        self.started.append(guarded)
+        word, _, number = guarded.report().partition(" ")
+        assert word == "pid"
+        guarded.program = int(number)
+        return guarded
+
+    def close(self) -> None:
+        for guarded in self.started:
+            if guarded.lifeline_end >= 0:
+                guarded.cut_lifeline()
+            if guarded.process.poll() is None:
+                guarded.process.send_signal(signal.SIGINT)
+            guarded.process.wait(10)
+            for pipe in (guarded.process.stdout, guarded.process.stderr):
+                assert pipe
+                pipe.close()
+            wait_gone([guarded.program])
+
+
+@pytest.fixture
+def guard() -> Iterator[Starter]:
+    starter = Starter()
+    yield starter
+    starter.close()
+
+
+def test_the_program_is_ended_when_the_lifeline_ends(guard: Starter) -> None:
+    guarded = guard("/bin/sleep", "600")
+    guarded.cut_lifeline()
+    assert guarded.report() == f"exit {-signal.SIGTERM}"
+    assert guarded.report() == "gone"
+    assert not alive(guarded.program)
+    assert guarded.process.wait(5) == 128 + signal.SIGTERM
+
+
+def test_a_program_that_ignores_term_is_killed_after_the_grace(guard: Starter) -> None:
+    guarded = guard(sys.executable, "-c", DEAF, grace_s=0.3)
+    assert guarded.heard() == "deaf"
+    started = time.monotonic()
+    guarded.process.terminate()
+    assert guarded.report() == f"exit {-signal.SIGKILL}"
+    assert 0.25 < time.monotonic() - started < 3
+
+
+def test_an_interrupt_kills_without_the_grace(guard: Starter) -> None:
+    guarded = guard(sys.executable, "-c", DEAF, grace_s=60)
+    assert guarded.heard() == "deaf"
+    guarded.process.terminate()
+    guarded.process.send_signal(signal.SIGINT)
+    assert guarded.report() == f"exit {-signal.SIGKILL}"
+
+
+def test_the_programs_own_end_is_reported_with_its_status(guard: Starter) -> None:
+    guarded = guard("/bin/sh", "-c", "exit 7")
+    assert guarded.report() == "exit 7"
+    assert guarded.report() == "gone"
+    assert guarded.process.wait(5) == 7
+
+
+def test_children_that_the_program_leaves_in_its_group_are_killed(guard: Starter) -> None:
+    guarded = guard("/bin/sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!")
+    child = int(guarded.heard())
+    assert guarded.report() == "exit 0"
+    assert guarded.report() == "gone"
+    assert not alive(child)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_program_dies_with_a_guard_that_is_killed(guard: Starter) -> None:
+    guarded = guard("/bin/sleep", "600")
+    guarded.process.kill()
+    wait_gone([guarded.program], 5)
+
+
+def test_the_program_reads_the_guards_standard_input(guard: Starter) -> None:
+    assert guard("/bin/cat", stdin=b"requirepass secret\n").heard() == "requirepass secret"
+
+
+def test_a_program_that_cannot_be_started_is_said_with_its_reason(guard: Starter) -> None:
+    guarded = guard("/does/not/exist")
+    assert guarded.heard() == "cannot start /does/not/exist: No such file or directory"
+    assert guarded.report() == "exit 127"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads /proc")
+def test_the_program_inherits_nothing_but_its_streams_and_the_lock(guard: Starter, tmp_path: Path) -> None:
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    stray = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(stray, True)
+    try:
+        guarded = guard("/bin/sleep", "600", lock_fd=lock)
+        fds = {int(p.name) for p in Path(f"/proc/{guarded.program}/fd").iterdir()}
+    finally:
+        os.close(lock)
+        os.close(stray)
+    assert fds == {0, 1, 2, lock}
+
+
+def test_a_guard_is_small_and_quick(guard: Starter) -> None:
+    times: list[float] = []
+    for _ in range(5):
+        started = time.monotonic()
+        guarded = guard("/bin/sleep", "600")
+        times.append(time.monotonic() - started)
+    assert psutil.Process(guarded.process.pid).memory_info().rss < 15 * 1024 * 1024
+    # 40 ms alone on the machine; the bound leaves room for a busy one.
+    assert min(times) < 0.2

@@ -1,0 +1,98 @@
+"""Celery's side of a worker process: it brings messages, on a pool of threads that wait.
+
+The only module of the workers that knows Celery. One thin task: it carries a job's id to the engine's event loop and
+waits there. Acknowledgement is early (a message is a hint, the record owns the job) and nothing is prefetched, so a
+message waits in the broker until a slot is free for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from celery import signals
+from celery.worker import WorkController
+
+from promptmill.enqueue import make_app
+from promptmill.queues import QUEUES, TASK_NAME
+from promptmill.settings import Settings
+from promptmill_workers.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_JOIN_TIMEOUT_S: Final = 5.0
+
+
+class Consumer:
+    """A Celery worker in a thread of its own; ``on_ready`` is called there once it consumes."""
+
+    def __init__(self, engine: Engine, settings: Settings, on_ready: Callable[[], None]) -> None:
+        self._app = self._make_app(engine, settings)
+        self._on_ready = on_ready
+        self._controller: Any = WorkController(
+            app=self._app,
+            hostname=engine.worker_id,
+            pool_cls="threads",
+            concurrency=settings.concurrency,
+            loglevel=settings.log_level.upper(),
+            queues=",".join(QUEUES),
+            without_heartbeat=True,
+            without_mingle=True,
+            without_gossip=True,
+            ready_callback=self._ready,
+        )
+        self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
+        self.failed = False
+
+    @staticmethod
+    def _make_app(engine: Engine, settings: Settings) -> Any:
+        app = make_app(settings.queue_url)
+        app.conf.update(
+            task_acks_late=False,
+            task_create_missing_queues=True,
+            worker_disable_prefetch=True,
+            worker_prefetch_multiplier=1,
+            worker_hijack_root_logger=False,
+            worker_send_task_events=True,
+            worker_cancel_long_running_tasks_on_connection_loss=False,
+            broker_connection_max_retries=None,
+        )
+
+        @app.task(name=TASK_NAME, bind=True, ignore_result=True)
+        def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
+            delivery = task.request.delivery_info or {}
+            engine.serve(job_id, delivery.get("routing_key") or QUEUES[0])
+
+        return app
+
+    def start(self) -> None:
+        """Begin to consume."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._controller.start()
+        # Celery's start() returns both when it was stopped and when it gave up.
+        self.failed = bool(self._controller.exitcode)
+
+    def _ready(self, consumer: Any) -> None:
+        signals.worker_ready.send(sender=consumer)
+        self._on_ready()
+
+    def pause(self) -> None:
+        """Take no more messages. Returns at once; a message already popped may still arrive."""
+        consumer = self._controller.consumer
+        for queue in QUEUES:
+            consumer.call_soon(consumer.cancel_task_queue, queue)
+
+    def stop(self) -> bool:
+        """End the thread; True where it ended in time. Blocks: call it from a thread. Only when no job runs any more."""
+        self._controller.stop()
+        self._thread.join(_JOIN_TIMEOUT_S)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """False once Celery gave up or was stopped."""
+        return self._thread.is_alive()

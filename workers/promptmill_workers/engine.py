@@ -1,0 +1,215 @@
+"""Everything of a worker process that lives in its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from typing import Any, Final
+
+from redis.exceptions import RedisError
+
+from promptmill import keys
+from promptmill.enqueue import Enqueuer
+from promptmill.errors import StoreUnavailable
+from promptmill.heartbeat import WorkerState, beat
+from promptmill.settings import Settings
+from promptmill.store import Store
+from promptmill.store.connection import store_errors
+from promptmill.watch import Watcher
+from promptmill_workers.runner import Runner
+from promptmill_workers.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+_VERIFY_EVERY_BEATS: Final = 5
+_STOP_TIMEOUT_S: Final = 10.0
+
+
+def new_worker_id(name: str) -> str:
+    """An id that no other worker process ever had: a counter that starts anew must not look like one that stood still."""
+    return f"{name}@{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class Engine:
+    """Store, writer, runner, heartbeat, control channel and watcher of one process.
+
+    Call everything from its loop, but :meth:`serve`, which Celery's threads call.
+    """
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self.settings = settings
+        self.worker_id = new_worker_id(name)
+        self.state: WorkerState = "starting"
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._count = 0
+        self._beaten_at = 0.0
+
+    @classmethod
+    async def start(cls, settings: Settings, name: str) -> Engine:
+        """Connect and begin to beat. Raises StoreUnavailable where Redis is not there or not usable."""
+        engine = cls(settings, name)
+        engine.store = await Store.connect(settings.store_url, max_connections=256)
+        await engine.store.load_scripts()
+        engine.enqueuer = Enqueuer(settings.queue_url)
+        engine.writer = Writer(engine.store.redis)
+        engine.writer.start()
+        engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id)
+        engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
+        await engine._beat()
+        engine._tasks = [
+            asyncio.create_task(engine._heart(), name="heartbeat"),
+            asyncio.create_task(engine._control(), name="control"),
+            asyncio.create_task(engine.watcher.run(), name="watcher"),
+        ]
+        return engine
+
+    store: Store
+    enqueuer: Enqueuer
+    writer: Writer
+    runner: Runner
+    watcher: Watcher
+
+    # -- jobs ---------------------------------------------------------------------------------------------------
+
+    def serve(self, job_id: str, queue: str) -> None:
+        """Run a job to its end, from one of Celery's threads, which waits."""
+        asyncio.run_coroutine_threadsafe(self._serve(job_id, queue), self._loop).result()
+
+    async def _serve(self, job_id: str, queue: str) -> None:
+        if self.state == "draining":
+            # Popped while we were closing: the message goes back, another worker takes it.
+            await self.enqueuer.send([(job_id, queue)])
+            return
+        await self._alive()
+        await self.runner.run(job_id)
+
+    async def _alive(self) -> None:
+        """A process that was frozen may have been declared dead: it beats before it claims anything."""
+        while self._loop.time() - self._beaten_at > self.settings.dead_after_s / 2:
+            try:
+                await self._beat()
+            except StoreUnavailable:
+                await asyncio.sleep(self.settings.heartbeat_s / 4)
+
+    # -- heartbeat ----------------------------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Celery consumes: say that jobs can be claimed."""
+        if self.state == "starting":
+            self.state = "ready"
+            await self._beat_now()
+
+    async def _heart(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            await self._beat_now()
+            if self._count % _VERIFY_EVERY_BEATS == 0:
+                await self._verify_claims()
+
+    async def _beat_now(self) -> None:
+        try:
+            await self._beat()
+        except StoreUnavailable as err:
+            logger.warning("no heartbeat: %s", err)
+
+    async def _beat(self) -> None:
+        self._count += 1
+        running = len(self.runner.running)
+        await beat(
+            self.store,
+            self.worker_id,
+            self._count,
+            self.state,
+            self.settings.heartbeat_s,
+            running=running,
+            concurrency=self.settings.concurrency,
+            pid=os.getpid(),
+        )
+        self._beaten_at = self._loop.time()
+
+    # -- learning that a claim is gone --------------------------------------------------------------------------
+
+    async def _control(self) -> None:
+        """Follow the control channel. After every (re)subscription all claims are checked: messages may be missing."""
+        while True:
+            try:
+                async with self.store.redis.pubsub() as channel:
+                    await channel.subscribe(keys.control(self.worker_id))
+                    while True:
+                        message: Any = await channel.get_message(timeout=None)
+                        if message is None:
+                            continue
+                        if message["type"] == "subscribe":
+                            await self._verify_claims()
+                        elif message["type"] == "message":
+                            self.runner.taken(message["data"].decode())
+            except (RedisError, OSError) as err:
+                logger.warning("control channel lost: %s", err or type(err).__name__)
+                await asyncio.sleep(self.settings.heartbeat_s / 4)
+
+    async def _verify_claims(self) -> None:
+        """Stop what runs here under a claim that the store no longer knows."""
+        jobs = list(self.runner.running.values())
+        if not jobs:
+            return
+        try:
+            with store_errors(self.store.address):
+                pipe = self.store.redis.pipeline(transaction=False)
+                for job in jobs:
+                    pipe.hget(keys.record(job.job_id), "claim")
+                held: list[bytes | None] = await pipe.execute()
+        except StoreUnavailable as err:
+            logger.warning("claims not verified: %s", err)
+            return
+        for job, claim in zip(jobs, held, strict=True):
+            # A finish whose reply is on its way also removes the claim; stopping that task then changes nothing.
+            if (claim or b"").decode() != job.claim and self.runner.running.get(job.job_id) is job:
+                job.stop("taken")
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    async def drain(self, limit_s: float) -> None:
+        """Claim nothing more; let running jobs finish for up to ``limit_s``; hand the rest back."""
+        self.state = "draining"
+        await self._beat_now()
+        tasks = {job.task for job in self.runner.running.values() if job.task is not None}
+        if tasks:
+            logger.info("draining: %d jobs running, waiting up to %g s", len(tasks), limit_s)
+            await asyncio.wait(tasks, timeout=limit_s)
+        await self.hand_back()
+
+    async def hand_back(self) -> None:
+        """Stop every running job here and give it to the queue, to be picked up elsewhere at once."""
+        jobs = list(self.runner.running.values())
+        if not jobs:
+            return
+        tasks = {job.task for job in jobs if job.task is not None}
+        for job in jobs:
+            job.stop("handback")
+        await asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S)
+        try:
+            claims = {job.job_id: job.claim for job in jobs}
+            queued = await self.watcher.release(list(claims), claims=claims)
+            logger.info("handed back %d of %d jobs", len(queued), len(jobs))
+        except StoreUnavailable as err:
+            # The watchers of other processes find them by our silent heartbeat.
+            logger.warning("jobs not handed back: %s", err)
+
+    async def aclose(self) -> None:
+        """Stop beating and close everything. Jobs that still run are left to the watchers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not self.runner.running:
+            with contextlib.suppress(StoreUnavailable), store_errors(self.store.address):
+                # Leave no corpse to be found: nothing is claimed any more.
+                await self.store.redis.hdel(keys.WORKERS, self.worker_id)
+        await self.runner.aclose()
+        await self.writer.aclose()
+        await self.enqueuer.aclose()
+        await self.store.aclose()

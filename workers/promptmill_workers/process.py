@@ -1,0 +1,94 @@
+"""A worker process: who owns the signals, and in which order things stop.
+
+First SIGTERM or SIGINT: no more claims, running jobs finish up to ``drain_s``, the rest are handed back. Second: running
+jobs are handed back at once. Celery's own handlers are not installed: its warm stop waits without limit and ignores a
+second TERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import Final
+
+import uvloop
+
+from promptmill.lifeline import watch_lifeline
+from promptmill.settings import Settings
+from promptmill_workers.consumer import Consumer
+from promptmill_workers.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK: Final = 0
+EXIT_CONSUMER: Final = 7
+"""Celery gave up: the supervisor starts a new process."""
+
+_WATCH_S: Final = 1.0
+
+
+def run_worker(settings: Settings, name: str) -> int:
+    """Run a worker until it is told to stop; answers the exit code.
+
+    Raises
+    ------
+    StoreUnavailable
+        Redis is not there or not usable at the start.
+    """
+    watch_lifeline()
+    if settings.log_level != "debug":
+        # Two lines a job would cost more than carrying its tokens.
+        for noisy in ("celery.worker.strategy", "celery.app.trace"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(_main(settings, name))
+    # A thread of Celery's that did not end in time must not keep the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+async def _main(settings: Settings, name: str) -> int:
+    loop = asyncio.get_running_loop()
+    terms: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, terms.put_nowait, number)
+    engine = await Engine.start(settings, name)
+    consumer = Consumer(engine, settings, lambda: _call_soon(loop, engine))
+    consumer.start()
+    logger.info("worker %s started, concurrency %d", engine.worker_id, settings.concurrency)
+    code = await _until_stopped(consumer, terms)
+    consumer.pause()
+    drain = asyncio.create_task(engine.drain(settings.drain_s))
+    again = asyncio.create_task(terms.get())
+    await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        logger.info("second signal: handing running jobs back")
+        drain.cancel()
+        await asyncio.gather(drain, return_exceptions=True)
+        await engine.hand_back()
+    again.cancel()
+    await loop.run_in_executor(None, consumer.stop)
+    await engine.aclose()
+    logger.info("worker %s ended", engine.worker_id)
+    return code
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
+    asyncio.run_coroutine_threadsafe(engine.ready(), loop)
+
+
+async def _until_stopped(consumer: Consumer, terms: asyncio.Queue[int]) -> int:
+    while True:
+        try:
+            number = await asyncio.wait_for(terms.get(), _WATCH_S)
+        except TimeoutError:
+            if consumer.alive:
+                continue
+            logger.error("Celery's consumer ended by itself")
+            return EXIT_CONSUMER
+        logger.info("%s: draining", signal.Signals(number).name)
+        return EXIT_OK
