@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from promptmill.errors import BadRequest, NotFound, PromptmillError
 from promptmill_gateway.body import BodyTimeout
@@ -45,8 +46,15 @@ async def _http(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return answer(NotFound(f"there is no {where}"))
     if error.status_code == 405:
-        return answer(BadRequest(f"there is no {where}; see the Allow header"), 405, error.headers)
+        allowed = _allowed(request)
+        return answer(BadRequest(f"there is no {where}, but {allowed}"), 405, {"allow": allowed})
     return answer(BadRequest(str(error.detail)), error.status_code, error.headers)
+
+
+def _allowed(request: Request) -> str:
+    # Starlette names the methods of the first route that fits; GET and POST of one path are two routes here.
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return ", ".join(sorted({m for r in routes if r.path_regex.match(request.url.path) for m in r.methods or ()}))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

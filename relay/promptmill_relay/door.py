@@ -56,7 +56,7 @@ class Door:
             return
         cors = self._cors(origin)
         if asked and origin is not None and scope["method"] == "OPTIONS":
-            await respond(send, 204, [*cors, *_PREFLIGHT] if cors else [])
+            await respond(send, 204, [*cors, *_PREFLIGHT] if _EXPOSED in cors else cors)
             return
         await self._app(scope, receive, _adding(send, cors) if cors else send)
 

@@ -49,11 +49,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # Counted afterwards: a new head, which begins within this piece, sets the count to zero.
         if self._head_open:
             self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_open and self._head_bytes > HEAD_MAX_BYTES and not self.transport.is_closing():
-            self.send_400_response("The head of the request is too large.")
+            if self._head_bytes > HEAD_MAX_BYTES and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
 
     def send_400_response(self, msg: str) -> None:
         """Our kind of error in place of uvicorn's plain text."""

@@ -18,6 +18,7 @@ from tests.support.simulator import Plan, Simulator
 class OverHttp(BackendConformance):
     kind: ClassVar[str]
     path: ClassVar[str] = ""
+    options: ClassVar[dict[str, object]] = {}
     sim: Simulator
 
     @pytest.fixture(autouse=True)
@@ -39,7 +40,11 @@ class OverHttp(BackendConformance):
             times=scenario.times,
         )
         config = ModelConfig(
-            type=self.kind, model_name="sim", api_url=self.sim.url + self.path, api_key_env="SIMULATOR_KEY"
+            type=self.kind,
+            model_name="sim",
+            api_url=self.sim.url + self.path,
+            api_key_env="SIMULATOR_KEY",
+            options=self.options,
         )
         backend = load_backend("model", config)
         try:
@@ -58,6 +63,7 @@ class TestLocalOpenAI(OverHttp):
 
 class TestAnthropicApi(OverHttp):
     kind = "anthropic_api"
+    options: ClassVar[dict[str, object]] = {"max_tokens": 100_000}
 
 
 class TestEcho(BackendConformance):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from dataclasses import dataclass, field
 
+_UTF8 = codecs.getincrementaldecoder("utf-8")
+
 
 @dataclass(frozen=True)
 class Message:
@@ -22,7 +24,7 @@ class EventSourceParser:
     last_event_id: str = ""
     retry_ms: int | None = None
     comments: list[str] = field(default_factory=list)
-    _decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    _decoder: codecs.IncrementalDecoder = field(default_factory=lambda: _UTF8("replace"))
     _line: str = ""
     _after_cr: bool = False
     _type: str = ""

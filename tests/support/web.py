@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -15,18 +16,9 @@ from promptmill_relay.problem import ASGIApp
 from promptmill_relay.server import Service, StreamServer
 from promptmill_relay.stream import StreamEndpoint
 from tests.support.event_source import EventSourceParser, Message
+from tests.support.processes import wait_until
 
 TIMEOUT_S = 10.0
-
-
-async def wait_until(condition: Callable[[], bool], description: str) -> None:
-    """Wait for a condition that nothing announces; the failure names it."""
-    try:
-        async with asyncio.timeout(TIMEOUT_S):
-            while not condition():
-                await asyncio.sleep(0.005)
-    except TimeoutError:
-        raise AssertionError(f"waited in vain until {description}") from None
 
 
 @dataclass
@@ -159,12 +151,17 @@ class Exchange:
             found += self.events.feed(await self.read_chunk())
         return found
 
-    async def close(self) -> None:
-        self.writer.close()
-        try:
-            await self.writer.wait_closed()
-        except ConnectionError:
-            return  # the server was first
+
+@asynccontextmanager
+async def raw(port: int) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A bare connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):  # the server may have been first, and not politely
+            await writer.wait_closed()
 
 
 @asynccontextmanager
@@ -172,16 +169,13 @@ async def request(
     port: int, path: str, *, method: str = "GET", body: bytes = b"", headers: dict[str, str] | None = None
 ) -> AsyncGenerator[Exchange]:
     """Send a request and read the answer's head."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    exchange = Exchange(reader, writer)
     fields = {"Host": f"127.0.0.1:{port}", **({"Content-Length": str(len(body))} if body else {}), **(headers or {})}
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-    try:
+    async with raw(port) as (reader, writer):
         writer.write(head.encode() + b"\r\n" + body)
+        exchange = Exchange(reader, writer)
         await exchange.read_head()
         yield exchange
-    finally:
-        await exchange.close()
 
 
 async def call_asgi(

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 from hypothesis import given
@@ -8,7 +9,7 @@ from promptmill.text import clean_text
 from promptmill_relay import sse
 from tests.support.event_source import EventSourceParser, Message
 
-AWKWARD = st.text(st.sampled_from("a{\"\\ \r\n\v\f\x1c\x85\u2028\u2029\u00e9\u20ac\U0001f600:\0\ufeff"))
+AWKWARD = st.text(st.sampled_from('a{"\\ \r\n\v\f\x1c\x85\u2028\u2029\u00e9\u20ac\U0001f600:\0\ufeff'))
 TEXT = st.one_of(st.text(), AWKWARD)
 
 
@@ -16,7 +17,7 @@ def read(data: bytes, cuts: list[int]) -> list[Message]:
     parser = EventSourceParser()
     bounds = [0, *sorted(cut % (len(data) + 1) for cut in cuts), len(data)]
     found: list[Message] = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         found += parser.feed(data[start:end])
     return found
 

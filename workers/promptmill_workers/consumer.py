@@ -62,7 +62,7 @@ class Consumer:
 
         @app.task(name=TASK_NAME, bind=True, ignore_result=True)
         def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
-            delivery = task.request.delivery_info or {}
+            delivery: dict[str, Any] = task.request.delivery_info or {}
             engine.serve(job_id, delivery.get("routing_key") or QUEUES[0])
 
         return app
@@ -77,7 +77,8 @@ class Consumer:
         self.failed = bool(self._controller.exitcode)
 
     def _ready(self, consumer: Any) -> None:
-        signals.worker_ready.send(sender=consumer)
+        worker_ready: Any = signals.worker_ready
+        worker_ready.send(sender=consumer)  # Flower and other listeners expect what Celery's own worker says
         self._on_ready()
 
     def pause(self) -> None:
@@ -87,7 +88,7 @@ class Consumer:
             consumer.call_soon(consumer.cancel_task_queue, queue)
 
     def stop(self) -> bool:
-        """End the thread; True where it ended in time. Blocks: call it from a thread. Only when no job runs any more."""
+        """End the thread, when no job runs any more; True where it ended in time. Blocks: call it from a thread."""
         self._controller.stop()
         self._thread.join(_JOIN_TIMEOUT_S)
         return not self._thread.is_alive()

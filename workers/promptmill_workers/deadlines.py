@@ -11,7 +11,7 @@ from promptmill.errors import BackendError
 
 
 class Deadlines:
-    """Cancels the current task when a bound passes and turns that into ``timeout_first_token``, ``_idle`` or ``_total``.
+    """Cancels the current task when a bound passes and raises ``timeout_first_token``, ``_idle`` or ``_total`` for it.
 
     ``touch`` only notes the time: the one timer that runs looks at the note when it is due and goes to sleep again.
     Works like :func:`asyncio.timeout`: a cancellation from elsewhere stays a cancellation.

@@ -30,7 +30,7 @@ _STOP_TIMEOUT_S: Final = 10.0
 
 
 def new_worker_id(name: str) -> str:
-    """An id that no other worker process ever had: a counter that starts anew must not look like one that stood still."""
+    """An id that no process had before: a counter that starts anew must not look like one that stood still."""
     return f"{name}@{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 

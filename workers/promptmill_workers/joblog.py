@@ -113,13 +113,16 @@ class JobLog:
         while pending:
             item = pending.popleft()
             if isinstance(item, str):
-                if pending and isinstance(pending[0], str):
-                    parts, size = [item], len(item)
-                    while pending and isinstance(pending[0], str) and size < _MERGE_MAX_CHARS:
-                        item = pending.popleft()
-                        assert isinstance(item, str)  # noqa: S101 - for the type checker
-                        parts.append(item)
-                        size += len(item)
+                size = len(item)
+                parts = [item]
+                while pending and size < _MERGE_MAX_CHARS:
+                    more = pending[0]
+                    if isinstance(more, bytes):
+                        break
+                    parts.append(more)
+                    size += len(more)
+                    pending.popleft()
+                if len(parts) > 1:
                     item = "".join(parts)
                 item = _TOKEN_HEAD + orjson.dumps(item) + b"}"
             kept.append(item)

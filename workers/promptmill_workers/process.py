@@ -1,8 +1,8 @@
 """A worker process: who owns the signals, and in which order things stop.
 
-First SIGTERM or SIGINT: no more claims, running jobs finish up to ``drain_s``, the rest are handed back. Second: running
-jobs are handed back at once. Celery's own handlers are not installed: its warm stop waits without limit and ignores a
-second TERM.
+First SIGTERM or SIGINT: no more claims, running jobs finish up to ``drain_s``, the rest are handed back. Second:
+running jobs are handed back at once. Celery's own handlers are not installed: its warm stop waits without limit and
+ignores a second TERM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ EXIT_CONSUMER: Final = 7
 """Celery gave up: the supervisor starts a new process."""
 
 _WATCH_S: Final = 1.0
+_ONE_WISH_S: Final = 0.2
 
 
 def run_worker(settings: Settings, name: str) -> int:
@@ -63,7 +64,7 @@ async def _main(settings: Settings, name: str) -> int:
     code = await _until_stopped(consumer, terms)
     consumer.pause()
     drain = asyncio.create_task(engine.drain(settings.drain_s))
-    again = asyncio.create_task(terms.get())
+    again = asyncio.create_task(_second(terms))
     await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
         logger.info("second signal: handing running jobs back")
@@ -77,6 +78,14 @@ async def _main(settings: Settings, name: str) -> int:
     return code
 
 
+async def _second(terms: asyncio.Queue[int]) -> None:
+    # timeout(1) and some supervisors signal the process and then its group: that is one wish, not two.
+    await asyncio.sleep(_ONE_WISH_S)
+    while not terms.empty():
+        terms.get_nowait()
+    await terms.get()
+
+
 def _call_soon(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
     asyncio.run_coroutine_threadsafe(engine.ready(), loop)
 
@@ -88,7 +97,7 @@ async def _until_stopped(consumer: Consumer, terms: asyncio.Queue[int]) -> int:
         except TimeoutError:
             if consumer.alive:
                 continue
-            logger.error("Celery's consumer ended by itself")
+            logger.critical("Celery's consumer ended by itself")
             return EXIT_CONSUMER
         logger.info("%s: draining", signal.Signals(number).name)
         return EXIT_OK

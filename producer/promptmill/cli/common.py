@@ -21,7 +21,9 @@ CANCEL_WAIT_S: Final = 5.0
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="The configuration file (default: promptmill.toml, where it exists)."),
+    typer.Option(
+        "--config", "-c", metavar="FILE", help="The configuration file (default: promptmill.toml, where it exists)."
+    ),
 ]
 DataDirOption = Annotated[
     Path | None, typer.Option("--data-dir", metavar="DIR", help="The data directory of `promptmill up`.")
@@ -71,4 +73,4 @@ async def unless_asked(stop: StopRequest, work: Coroutine[Any, Any, T], timeout_
             working.cancel()
             ended = await asyncio.gather(working, return_exceptions=True)
             if isinstance(ended[0], Exception):
-                raise ended[0]  # noqa: B012 - an error while ending must not pass unseen
+                raise ended[0]

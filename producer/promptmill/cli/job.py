@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from promptmill.contract import END_STATES, Job, JobState
+from promptmill.contract import Job, JobState
 from promptmill.settings import Settings
 from promptmill.up.signals import stop_on_signals
 
@@ -22,7 +22,9 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 
 @app.command()
-def show(id: JobId, *, as_json: JsonOption = False, config: ConfigOption = None, data_dir: DataDirOption = None) -> None:  # noqa: A002 - the argument's name in the help
+def show(
+    id: JobId, *, as_json: JsonOption = False, config: ConfigOption = None, data_dir: DataDirOption = None
+) -> None:  # noqa: A002 - the argument's name in the help
     """Show a job as it stands now."""
 
     async def get(settings: Settings) -> Job:

@@ -64,9 +64,7 @@ def _prompt(argument: str | None, limit: int) -> str:
         raise BadRequest("give a prompt as an argument or on standard input", field="prompt")
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
-        raise BadRequest(
-            f"standard input has more than {limit} bytes", code="too_large", field="prompt", limit=limit
-        )
+        raise BadRequest(f"standard input has more than {limit} bytes", code="too_large", field="prompt", limit=limit)
     try:
         return data.decode()
     except UnicodeDecodeError as err:
@@ -97,9 +95,7 @@ async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeo
         code = await unless_asked(stop, show(), timeout_s)
     except TimeoutError:
         printer.break_line()
-        raise WaitTimeout(
-            f"no end within {timeout_s:g} s; the job goes on: `promptmill job stream {job.id}`"
-        ) from None
+        raise WaitTimeout(f"no end within {timeout_s:g} s; the job goes on: `promptmill job stream {job.id}`") from None
     if code is not None:
         return code
     printer.break_line()

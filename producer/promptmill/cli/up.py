@@ -36,9 +36,7 @@ def up(
     (with its password) and pids. All else goes to standard error. Ctrl-C or TERM lets running jobs finish; a second one
     ends at once. Nothing is left behind, however this process ends.
     """
-    settings = load_settings(
-        config, host=host, port=port, workers=workers, concurrency=concurrency, data_dir=data_dir
-    )
+    settings = load_settings(config, host=host, port=port, workers=workers, concurrency=concurrency, data_dir=data_dir)
     raise typer.Exit(asyncio.run(_up(settings, as_json=as_json)))
 
 
@@ -54,15 +52,18 @@ async def _up(settings: Settings, *, as_json: bool) -> int:
             else:
                 out(f"ready {about.url}")
             ready.set()
-            await stop.asked.wait()
-            tell(
-                f"stopping: running jobs may finish within {settings.drain_s:g} s, then others take them over; "
-                "a second signal ends at once"
-            )
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                tell(
+                    f"stopping: running jobs may finish within {settings.drain_s:g} s, then others take them over; "
+                    "a second signal ends at once"
+                )
 
-    try:
-        with stop_on_signals() as stop:
-            await _serve_until_asked(stop, ready, serve)
-    finally:
-        tell.close()
+    with stop_on_signals() as stop:
+        try:
+            # The first signal cancels it, once: leaving the stack ends its parts in order.
+            await unless_asked(stop, serve(stop))
+        finally:
+            tell.close()
     return exits.OK if ready.is_set() else exits.INTERRUPTED

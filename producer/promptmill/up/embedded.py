@@ -86,7 +86,7 @@ class EmbeddedStore:
         kept = data_dir.read("store.json")
         port, password = kept.get("port"), kept.get("password")
         if not isinstance(port, int) or not 0 < port < 65536 or not _is_free(port):
-            port = _free_port()
+            port = free_port()
         if not isinstance(password, str) or not password.isascii():
             password = secrets.token_urlsafe(24)
         data_dir.write("store.json", {"port": port, "password": password})
@@ -194,7 +194,8 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that was free a moment ago; somebody else may still be quicker."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -35,7 +35,7 @@ _GATEWAY_STOP_S: Final = 13.0
 class Stack:
     """Store, workers, gateway, and what else is given as ``extra``. An async context manager; leaving it ends all.
 
-    ``hurry`` set: whatever is waited for at the end is killed instead. ``tell`` must not block.
+    ``extra`` are functions from the lifeline's descriptor to a part, started first. ``hurry`` set: whatever is waited for at the end is killed instead. ``tell`` must not block.
 
     Entering raises, with nothing left behind:
 
@@ -52,7 +52,7 @@ class Stack:
         tell: Callable[[str], None],
         *,
         hurry: asyncio.Event | None = None,
-        extra: Sequence[PartSpec] = (),
+        extra: Sequence[Callable[[int], PartSpec]] = (),
     ) -> None:
         self.settings = settings
         self.url = ""
@@ -118,8 +118,8 @@ class Stack:
             self._exits.push_async_callback(_cancel, watching)
 
     async def _start_parts(self, supervisor: Supervisor, data_dir: DataDir, listener: socket.socket) -> None:
-        for spec in self._extra:
-            await supervisor.start(spec)
+        for make in self._extra:
+            await supervisor.start(make(supervisor.lifeline))
         if self.settings.redis_url is None:
             await self._start_store(supervisor, data_dir)
         else:
@@ -152,6 +152,7 @@ class Stack:
         config = ("--config", str(settings.config_file)) if settings.config_file else ()
         shared: dict[str, Any] = {
             "redis_url": self._redis_url,
+            "broker_url": settings.broker_url or self._redis_url,
             "host": settings.host,
             "port": listener.getsockname()[1],
             "concurrency": settings.concurrency,

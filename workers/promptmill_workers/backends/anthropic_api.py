@@ -16,6 +16,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import anthropic.resources.messages  # the SDK imports it at the first call, where a second would stop the event loop
 import httpx2
 from anthropic import APIConnectionError, APIStatusError, AsyncAnthropic
 from httpx_aiohttp.httpx2 import AiohttpTransport
@@ -69,6 +70,7 @@ class AnthropicApi:
         # The SDK appends /v1/messages.
         self._url = (config.api_url or DEFAULT_URL).removesuffix("/v1")
         self._address = urlsplit(self._url).netloc.rpartition("@")[2]
+        http.ssl_context_for(self._url)  # read now: the first call must not stop the event loop for it
         self._http: httpx2.AsyncClient | None = None
         self._client: AsyncAnthropic | None = None
         self._key: str | None = None

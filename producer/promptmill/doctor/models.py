@@ -1,0 +1,54 @@
+"""Does each configured model have its key, and does its server answer?"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from promptmill.doctor.report import Check
+from promptmill.errors import ConfigError
+from promptmill.settings import ModelConfig, Settings
+
+_ANSWER_S: Final = 5.0
+_MODELS_PATH: Final = {"openai": "/models", "openwebui": "/api/models"}
+
+
+async def check_models(settings: Settings) -> list[Check]:
+    """One finding a model, asked side by side. No job is run and nothing is billed."""
+    if not settings.models:
+        advice = "add [models.NAME] to promptmill.toml; `echo` is always there, for tests"
+        return [Check("configured", "models", "off", "none", advice)]
+    return list(await asyncio.gather(*(_check(name, model) for name, model in settings.models.items())))
+
+
+async def _check(name: str, model: ModelConfig) -> Check:
+    title = f"model {name}"
+    try:
+        key = model.secret()
+    except ConfigError as err:
+        return Check("reachable", title, "fail", err.message, "set it, or take the model out")
+    if model.type == "anthropic_api" and key is None:
+        return Check("reachable", title, "fail", "no key", 'give it api_key_env = "ANTHROPIC_API_KEY" or api_key_file')
+    about = f"{model.type} {model.model_name or ''}".strip()
+    if model.api_url is None:
+        return Check("reachable", title, "ok", f"{about}{', key present' if key else ''}; its server was not asked")
+    status = await _ask(model.api_url + _MODELS_PATH.get(model.host_type, ""), key)
+    if isinstance(status, str):
+        return Check(
+            "reachable", title, "fail", f"{model.api_url}: {status}", "see that it runs and that api_url is right"
+        )
+    if status in {401, 403}:
+        return Check("reachable", title, "fail", f"{model.api_url} refuses the key ({status})", "give it the right key")
+    return Check("reachable", title, "ok", f"{about} at {model.api_url} answers")
+
+
+async def _ask(url: str, key: str | None) -> int | str:
+    """The status of a GET, or why there is none. Whatever the status, something answers there."""
+    import httpx  # noqa: PLC0415 - a tenth of a second that only this check needs
+
+    headers = {"Authorization": f"Bearer {key}", "x-api-key": key} if key else {}
+    try:
+        async with httpx.AsyncClient(timeout=_ANSWER_S) as client:
+            return (await client.get(url, headers=headers)).status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as err:
+        return str(err) or type(err).__name__

@@ -1,0 +1,96 @@
+"""Is the store there, is it new enough, and does it keep what it was given? And the broker."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from urllib.parse import urlsplit
+
+from promptmill.client import AsyncProducer
+from promptmill.doctor.report import Check
+from promptmill.errors import PromptmillError
+from promptmill.settings import Settings
+from promptmill.store.connection import check_server, open_redis, store_errors, where
+
+_BROKER_S = 5.0
+
+
+async def check_store(settings: Settings) -> list[Check]:
+    """Reachable, version, append-only file, eviction policy, and whether a worker can claim."""
+    redis = open_redis(settings.store_url, max_connections=1)
+    address = where(settings.store_url)
+    try:
+        server = await check_server(redis, address)
+        with store_errors(address):
+            memory: dict[str, Any] = await redis.info("memory")  # pyright: ignore[reportUnknownMemberType]
+            kept: dict[str, Any] = await redis.info("persistence")  # pyright: ignore[reportUnknownMemberType]
+    except PromptmillError as err:
+        if settings.redis_url is None:
+            return [Check("reachable", "redis", "off", err.message, "start `promptmill up`, or set redis_url")]
+        return [Check("reachable", "redis", "fail", err.message, "see that it runs and that redis_url is right")]
+    finally:
+        await redis.aclose()
+    name = "Valkey" if server.get("server_name") == "valkey" else "Redis"
+    version = server.get("valkey_version") or server.get("redis_version")
+    checks = [
+        Check("reachable", "redis", "ok", f"{name} {version} at {address}"),
+        _persistence(kept),
+        _eviction(memory),
+    ]
+    return [*checks, await _workers(settings)]
+
+
+def _persistence(kept: dict[str, Any]) -> Check:
+    if kept.get("aof_last_write_status", "ok") != "ok":
+        return Check("reachable", "redis appendonly", "fail", "cannot write its file", "make room on its disk")
+    if kept.get("aof_enabled"):
+        return Check("reachable", "redis appendonly", "ok", "on: jobs survive its restart")
+    return Check(
+        "reachable", "redis appendonly", "off", "off: a restart of Redis loses jobs", "set appendonly yes there"
+    )
+
+
+def _eviction(memory: dict[str, Any]) -> Check:
+    policy = str(memory.get("maxmemory_policy", "unknown"))
+    limit = int(memory.get("maxmemory", 0))
+    if policy == "noeviction" or not limit:
+        return Check("reachable", "redis maxmemory-policy", "ok", policy if limit else f"{policy}, no limit set")
+    return Check(
+        "reachable",
+        "redis maxmemory-policy",
+        "fail",
+        f"{policy}: Redis may throw jobs away",
+        "set maxmemory-policy noeviction there",
+    )
+
+
+async def _workers(settings: Settings) -> Check:
+    try:
+        async with AsyncProducer(settings) as producer:
+            ready = await producer.ready()
+    except PromptmillError as err:
+        return Check("reachable", "workers", "fail", err.message)
+    if ready.ok:
+        return Check("reachable", "workers", "ok", f"{ready.workers} can claim jobs")
+    return Check("reachable", "workers", "off", ready.reason, "start `promptmill up` or `promptmill worker`")
+
+
+async def check_broker(settings: Settings) -> list[Check]:
+    """Celery's broker, where it is another than the store."""
+    if settings.broker_url is None or settings.broker_url == settings.store_url:
+        return []
+    parts = urlsplit(settings.broker_url)
+    address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
+    try:
+        await asyncio.wait_for(asyncio.to_thread(_connect, settings.broker_url), _BROKER_S + 1)
+    except Exception as err:  # noqa: BLE001 - each of kombu's transports raises errors of its own; all become a finding
+        found = f"{address}: {err or type(err).__name__}"
+        return [Check("reachable", "broker", "fail", found, "see that it runs and that broker_url is right")]
+    return [Check("reachable", "broker", "ok", address)]
+
+
+def _connect(url: str) -> None:
+    from kombu import Connection  # noqa: PLC0415 - a tenth of a second that only this check needs
+
+    with Connection(url, connect_timeout=_BROKER_S) as connection:  # pyright: ignore[reportUnknownVariableType]
+        connection.ensure_connection(max_retries=1, timeout=_BROKER_S)  # pyright: ignore[reportUnknownMemberType]

@@ -1,0 +1,69 @@
+"""Fixtures with real parts: a Valkey server for the run, stores, workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+
+import pytest
+
+from promptmill import AsyncProducer
+from promptmill.settings import Settings, load_settings
+from promptmill.store import Store
+from tests.support.store import StoreServer, keys_without_ttl, running_store
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> None:
+    """No test sees the configuration of whoever runs it."""
+    for name in [n for n in os.environ if n.startswith("PROMPTMILL_")]:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def store_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[StoreServer]:
+    """The run's Valkey; not to be killed: tests that do so start their own."""
+    with running_store(tmp_path_factory.mktemp("store"), append_only=False) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(store_server: StoreServer) -> Generator[str]:
+    """The run's Valkey; after the test every key of ours must have a time to live."""
+    yield store_server.url
+    assert keys_without_ttl(store_server.url) == []
+
+
+@pytest.fixture
+def settings(redis_url: str) -> Settings:
+    """Settings without any file."""
+    return Settings(redis_url=redis_url)
+
+
+@pytest.fixture
+async def store(redis_url: str) -> AsyncGenerator[Store]:
+    """A connected store with its scripts loaded."""
+    connected = await Store.connect(redis_url)
+    await connected.load_scripts()
+    yield connected
+    await connected.aclose()
+
+
+@pytest.fixture
+async def producer(settings: Settings) -> AsyncGenerator[AsyncProducer]:
+    """A producer on the run's Valkey."""
+    async with AsyncProducer(settings) as made:
+        yield made
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, redis_url: str):
+    """Write a promptmill.toml that names the run's Valkey; answers its path and the settings read from it."""
+
+    def write(text: str, name: str = "promptmill.toml", url: str = redis_url) -> tuple[Path, Settings]:
+        path = tmp_path / name
+        path.write_text(f'redis_url = "{url}"\n{text}')
+        return path, load_settings(path)
+
+    return write

@@ -1,0 +1,79 @@
+"""A real store for tests: one Valkey per run, and a look at what a test left in it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from promptmill.up.embedded import find_store_program
+
+CELERY_OWN = ("_kombu", "promptmill.api", "unacked", "celery")
+"""Keys of Celery's broker, which have no time to live; everything else is ours and has one."""
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _binary() -> str:
+    program = find_store_program()
+    assert program is not None, "no Valkey or Redis server is installed"
+    return str(program.path)
+
+
+class StoreServer:
+    """A Valkey process that a test may kill and start again on the same port and data."""
+
+    def __init__(self, directory: Path, *, append_only: bool = True) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._directory = directory
+        self._append_only = append_only
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--dir", str(self._directory), "--appendonly", "yes" if self._append_only else "no"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with redis.Redis(port=self.port) as client:
+            while True:
+                assert self.process.poll() is None, "the store ended at its start"
+                try:
+                    client.ping()
+                except redis.ConnectionError:
+                    continue
+                return
+
+    def kill(self) -> None:
+        """As with kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@contextmanager
+def running_store(directory: Path, *, append_only: bool = True) -> Generator[StoreServer]:
+    """A store that ends with the block."""
+    server = StoreServer(directory, append_only=append_only)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def keys_without_ttl(url: str) -> list[str]:
+    """Our keys that would stay for ever."""
+    with redis.Redis.from_url(url) as client:
+        ours = [key for key in client.scan_iter(count=1000) if not key.decode().startswith(CELERY_OWN)]
+        return [key.decode() for key in ours if client.ttl(key) == -1]

@@ -1,0 +1,75 @@
+"""A real worker process for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from promptmill.heartbeat import read_beats
+from promptmill.store import Store
+from tests.support.processes import wait_until
+
+
+class WorkerProcess:
+    """``python -m promptmill_workers`` with a configuration file; its output goes to ``log``."""
+
+    def __init__(self, config: Path, name: str, log: Path) -> None:
+        self.name = name
+        self.log = log
+        self._out = log.open("ab")
+        command = [sys.executable, "-m", "promptmill_workers", "--name", name, "--config", str(config)]
+        self.process = subprocess.Popen(command, stdout=self._out, stderr=self._out)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def ready(self, url: str) -> str:
+        """Wait until it can claim; answers its worker id."""
+        store = await Store.connect(url)
+        found: list[str] = []
+
+        async def beats() -> bool:
+            assert self.process.poll() is None, f"the worker ended:\n{self.log.read_text()}"
+            rows, now_ms = await read_beats(store)
+            found[:] = [b.worker for b in rows if b.worker.startswith(f"{self.name}@") and b.state == "ready"]
+            mine = [w for w in found if f"-{self.pid}-" in w]
+            found[:] = mine
+            return bool(mine)
+
+        try:
+            await wait_until(beats, f"worker {self.name} is ready", timeout_s=30)
+        finally:
+            await store.aclose()
+        return found[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self) -> int:
+        """TERM, then KILL where that takes too long; answers the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._out.close()
+        return self.process.returncode
+
+
+@contextmanager
+def worker_process(config: Path, name: str = "worker") -> Generator[WorkerProcess]:
+    """A worker that ends with the block."""
+    worker = WorkerProcess(config, name, config.with_suffix(f".{name}.log"))
+    try:
+        yield worker
+    finally:
+        worker.stop()
