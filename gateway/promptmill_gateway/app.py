@@ -49,8 +49,8 @@ def build_gateway(settings: Settings, producer: AsyncProducer, access: Access, s
         redoc_url=None,
         redirect_slashes=False,
     )
-    api.include_router(JobRoutes(settings, producer, access).router())
-    api.include_router(HealthRoutes(producer).router())
+    JobRoutes(settings, producer, access).add_to(api.router)
+    HealthRoutes(producer).add_to(api.router)
     add_failures(api)
     api.openapi = lambda: describe(api)
     return Door(GatewayApp(api, streams), settings, is_open=access.is_open)

@@ -52,13 +52,13 @@ class JobRoutes:
         self._producer = producer
         self._access = access
 
-    def router(self) -> APIRouter:
-        """The routes, with what OpenAPI says of them."""
-        router = APIRouter(tags=["jobs"])
+    def add_to(self, router: APIRouter) -> None:
+        """Add the routes, with what OpenAPI says of them."""
         router.add_api_route(
             "/v1/jobs",
             self.submit,
             methods=["POST"],
+            tags=["jobs"],
             status_code=202,
             response_model=JobAnswer,
             summary="Submit a job",
@@ -69,6 +69,7 @@ class JobRoutes:
             "/v1/jobs",
             self.list_jobs,
             methods=["GET"],
+            tags=["jobs"],
             response_model=JobList,
             summary="List jobs, newest first",
             responses=_problems(400, 401, 403, 503),
@@ -77,6 +78,7 @@ class JobRoutes:
             "/v1/jobs/{job_id}",
             self.get,
             methods=["GET"],
+            tags=["jobs"],
             response_model=JobAnswer,
             summary="One job",
             responses=_problems(401, 404, 503),
@@ -85,12 +87,12 @@ class JobRoutes:
             "/v1/jobs/{job_id}/cancel",
             self.cancel,
             methods=["POST"],
+            tags=["jobs"],
             response_model=JobAnswer,
             summary="Stop a job; does nothing where it has ended",
             openapi_extra=_body_of("CancelRequest", required=False),
             responses=_problems(400, 401, 404, 408, 413, 503),
         )
-        return router
 
     async def submit(self, request: Request) -> Response:
         """Store a job and queue it. Repeated with the same `Idempotency-Key` it answers the same job."""
@@ -157,19 +159,20 @@ class HealthRoutes:
     def __init__(self, producer: AsyncProducer) -> None:
         self._producer = producer
 
-    def router(self) -> APIRouter:
-        """The routes, with what OpenAPI says of them."""
-        router = APIRouter(tags=["health"])
-        router.add_api_route("/healthz", self.health, methods=["GET"], response_model=Health, summary="Alive")
+    def add_to(self, router: APIRouter) -> None:
+        """Add the routes, with what OpenAPI says of them."""
+        router.add_api_route(
+            "/healthz", self.health, methods=["GET"], tags=["health"], response_model=Health, summary="Alive"
+        )
         router.add_api_route(
             "/readyz",
             self.ready,
             methods=["GET"],
+            tags=["health"],
             response_model=Ready,
             summary="A job submitted now can be claimed",
             responses={503: {"description": "It cannot; `reason` says why.", "model": Ready}},
         )
-        return router
 
     async def health(self) -> Response:
         """Touches nothing but this process."""

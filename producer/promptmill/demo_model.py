@@ -7,6 +7,7 @@ on two cores took minutes where one takes seconds.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import signal
 import sys
@@ -64,9 +65,9 @@ def main() -> int:
 
 
 def _serve(model: Path, port: int) -> Any:
-    import xllamacpp  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
-
-    parameters: Any = xllamacpp.CommonParams()
+    # By name: the extension module has no types at all.
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+    parameters = xllamacpp.CommonParams()
     parameters.model.path = str(model)
     parameters.model_alias = {MODEL_NAME}
     parameters.port = port

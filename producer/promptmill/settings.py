@@ -57,6 +57,8 @@ class ModelConfig(_Part):
     @field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
+        if value in BUILTIN_BACKENDS:
+            return value  # reading the entry points of everything installed takes tens of milliseconds
         known = BUILTIN_BACKENDS | {e.name for e in metadata.entry_points(group="promptmill.backends")}
         if value not in known:
             raise ValueError(f"unknown backend type {value!r}; known: {', '.join(sorted(known))}")
@@ -90,6 +92,9 @@ class ModelConfig(_Part):
             The variable is not set or the file cannot be read.
         """
         return read_secret(self.api_key_env, self.api_key_file)
+
+
+_ECHO: Final = ModelConfig(type="echo")
 
 
 class ApiKey(_Part):
@@ -206,7 +211,7 @@ class Settings(BaseSettings):
     @property
     def registry(self) -> dict[str, ModelConfig]:
         """The configured models, and ``echo``, which needs no provider and is always there."""
-        return {"echo": ModelConfig(type="echo"), **self.models}
+        return {"echo": _ECHO, **self.models}
 
     @property
     def store_url(self) -> str:

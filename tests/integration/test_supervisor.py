@@ -56,7 +56,9 @@ async def test_a_part_that_dies_is_restarted_and_the_news_is_told(supervisor: Su
     assert f"worker-1 died (signal 9); restarted as pid {supervisor.pids()['worker-1']}" in said
 
 
-async def test_a_guarded_part_is_known_by_its_programs_pid_and_restarted_too(supervisor: Supervisor, said: Said) -> None:
+async def test_a_guarded_part_is_known_by_its_programs_pid_and_restarted_too(
+    supervisor: Supervisor, said: Said
+) -> None:
     await supervisor.start(PartSpec("redis", ("/bin/sleep", "600"), guarded=True))
     supervisor.settled()
     first = supervisor.pids()["redis"]

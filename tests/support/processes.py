@@ -35,9 +35,7 @@ def wait_gone(pids: Iterable[int], timeout_s: float = 15) -> None:
         time.sleep(0.02)
 
 
-async def wait_until(
-    condition: Callable[[], bool | Awaitable[bool]], description: str, timeout_s: float = 15
-) -> None:
+async def wait_until(condition: Callable[[], bool | Awaitable[bool]], description: str, timeout_s: float = 15) -> None:
     """Until ``condition()`` holds; fails with ``description``."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -39,6 +39,10 @@ def framed(chunks: list[bytes]) -> list[SseEvent]:
     return [event for chunk in chunks for event in framer.push(chunk)] + framer.flush()
 
 
+def push_in_steps(framer: SseFramer, stream: bytes, size: int) -> list[SseEvent]:
+    return [event for start in range(0, len(stream), size) for event in framer.push(stream[start : start + size])]
+
+
 def cut(stream: bytes, places: list[int]) -> list[bytes]:
     edges = [0, *sorted(place % (len(stream) + 1) for place in places), len(stream)]
     return [stream[a:b] for a, b in pairwise(edges)]
@@ -158,8 +162,7 @@ def test_a_line_over_the_limit_is_refused_however_it_is_cut(size: int) -> None:
     line = b"data: " + b"x" * 200 + b"\n\n"
     framer = SseFramer(limit_bytes=100)
     with pytest.raises(SseTooLongError):
-        for start in range(0, len(line), size):
-            framer.push(line[start : start + size])
+        push_in_steps(framer, line, size)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -167,13 +170,11 @@ def test_an_event_of_many_lines_is_bounded_as_well(size: int) -> None:
     stream = b"data: xxxxxxxx\n" * 20
     framer = SseFramer(limit_bytes=100)
     with pytest.raises(SseTooLongError):
-        for start in range(0, len(stream), size):
-            framer.push(stream[start : start + size])
+        push_in_steps(framer, stream, size)
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_lines_within_the_limit_pass_however_many_there_are(size: int) -> None:
     stream = (b"data: " + b"x" * 94 + b"\n\n") * 50
     framer = SseFramer(limit_bytes=100)
-    events = [e for start in range(0, len(stream), size) for e in framer.push(stream[start : start + size])]
-    assert len(events) == 50
+    assert len(push_in_steps(framer, stream, size)) == 50

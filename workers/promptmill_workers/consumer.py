@@ -55,7 +55,7 @@ class Consumer:
             worker_disable_prefetch=True,
             worker_prefetch_multiplier=1,
             worker_hijack_root_logger=False,
-            worker_send_task_events=True,
+            worker_send_task_events=False,
             worker_cancel_long_running_tasks_on_connection_loss=False,
             broker_connection_max_retries=None,
         )

@@ -53,10 +53,10 @@ class Engine:
     async def start(cls, settings: Settings, name: str) -> Engine:
         """Connect and begin to beat. Raises StoreUnavailable where Redis is not there or not usable."""
         engine = cls(settings, name)
-        engine.store = await Store.connect(settings.store_url, max_connections=256)
+        engine.store = await Store.connect(settings.store_url, max_connections=16)
         await engine.store.load_scripts()
         engine.enqueuer = Enqueuer(settings.queue_url)
-        engine.writer = Writer(engine.store.redis)
+        engine.writer = Writer(engine.store.wire)
         engine.writer.start()
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id)
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)

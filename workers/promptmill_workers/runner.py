@@ -115,16 +115,18 @@ class Runner:
         store = self._store
         with store_errors(store.address):
             # Before the claim: a crash in between leaves an entry that settles to nothing.
-            await store.redis.sadd(keys.claims(self._worker_id), job_id)
+            await store.ask([("SADD", keys.claims(self._worker_id), job_id)])
         claimed = await store.claim(job_id, claim, self._worker_id, Progress(phase="started"))
         if not isinstance(claimed, str):
-            head = claimed.record.head
+            record = claimed.record
             with store_errors(store.address):
-                pipe = store.redis.pipeline(transaction=False)
-                pipe.zrem(keys.OUTBOX, job_id)
-                pipe.hset(keys.CLAIMED, head["queue"], claimed.record.st["queued"])
-                pipe.expire(keys.CLAIMED, keys.INDEX_TTL)
-                await pipe.execute()
+                await store.ask(
+                    [
+                        ("ZREM", keys.OUTBOX, job_id),
+                        ("HSET", keys.CLAIMED, record.head["queue"], record.st["queued"]),
+                        ("EXPIRE", keys.CLAIMED, int(keys.INDEX_TTL.total_seconds())),
+                    ]
+                )
             return claimed
         logger.debug("job %s not claimed: %s", job_id, claimed)
         if claimed == "expired":
@@ -137,7 +139,7 @@ class Runner:
         """Take a job off this worker's set of claims. Left behind, an entry settles to nothing."""
         try:
             with store_errors(self._store.address):
-                await self._store.redis.srem(keys.claims(self._worker_id), job_id)
+                await self._store.ask([("SREM", keys.claims(self._worker_id), job_id)])
         except StoreUnavailable as err:
             logger.debug("claim entry of %s stays: %s", job_id, err)
 

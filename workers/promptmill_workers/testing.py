@@ -83,6 +83,18 @@ async def collect(backend: Backend, asked: Call) -> list[Item]:
         return [item async for item in items]
 
 
+async def failure(backend: Backend, asked: Call) -> tuple[list[Item], BackendError]:
+    """The items before the error, and the error; anything else is a failure of the test."""
+    seen: list[Item] = []
+    async with aclosing(backend.complete(asked)) as items:
+        try:
+            async for item in items:
+                seen.append(item)  # noqa: PERF401
+        except BackendError as error:
+            return seen, error
+    raise AssertionError(f"expected a BackendError after {seen}")
+
+
 def text_of(items: Iterable[Item]) -> str:
     """The answer that the items make."""
     return "".join(item.text for item in items if isinstance(item, TextDelta))
@@ -150,26 +162,26 @@ class BackendConformance(ABC):
 
     async def test_a_cut_answer_is_an_error_after_its_deltas(self) -> None:
         async with self.opened(Scenario(("one ", "two ", "three"), fault="cut", after=2)) as backend:
-            items, error = await _failure(backend, call())
+            items, error = await failure(backend, call())
         expect(error.code == "cut", f"expected cut: {error.code} ({error})")
         _same(text_of(items), "one two ")
         expect(not any(isinstance(item, Finished) for item in items), "a cut answer was called finished")
 
     async def test_an_answer_cut_before_its_first_delta_is_an_error(self) -> None:
         async with self.opened(Scenario(("one ", "two "), fault="cut", after=0)) as backend:
-            items, error = await _failure(backend, call())
+            items, error = await failure(backend, call())
         expect(error.code in {"cut", "unreachable"}, f"expected cut or unreachable: {error.code} ({error})")
         _same(text_of(items), "")
 
     async def test_an_empty_answer_is_an_error(self) -> None:
         async with self.opened(Scenario((), fault="empty")) as backend:
-            _, error = await _failure(backend, call())
+            _, error = await failure(backend, call())
         expect(error.code == "empty", f"expected empty: {error.code} ({error})")
 
     async def test_errors_have_documented_codes_and_survive_pickling(self) -> None:
         for scenario in (Scenario(("one ", "two"), fault="cut", after=1), Scenario((), fault="empty")):
             async with self.opened(scenario) as backend:
-                _, error = await _failure(backend, call())
+                _, error = await failure(backend, call())
             expect(error.code in CODES, f"unknown code {error.code}")
             copy = pickle.loads(pickle.dumps(error))  # noqa: S301
             same = (copy.to_dict(), copy.provider_request_id) == (error.to_dict(), error.provider_request_id)
@@ -177,7 +189,7 @@ class BackendConformance(ABC):
 
     async def test_a_call_after_a_failed_one_succeeds(self) -> None:
         async with self.opened(Scenario(("one ", "two"), fault="cut", after=1, times=1)) as backend:
-            await _failure(backend, call(attempt=1))
+            await failure(backend, call(attempt=1))
             _same(text_of(await collect(backend, call(attempt=2))), "one two")
 
     async def test_cancelling_a_call_that_hangs_returns_promptly_and_disconnects(self) -> None:
@@ -237,18 +249,6 @@ async def _collect_until(seen: asyncio.Event, text: str, backend: Backend) -> No
             so_far += text_of([item])
             if so_far == text:
                 seen.set()
-
-
-async def _failure(backend: Backend, asked: Call) -> tuple[list[Item], BackendError]:
-    """The items before the error, and the error; anything else is a failure of the test."""
-    seen: list[Item] = []
-    async with aclosing(backend.complete(asked)) as items:
-        try:
-            async for item in items:
-                seen.append(item)  # noqa: PERF401
-        except BackendError as error:
-            return seen, error
-    raise AssertionError(f"expected a BackendError after {seen}")
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:

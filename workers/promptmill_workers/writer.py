@@ -33,8 +33,8 @@ _SHA: Final = APPEND.sha.encode()
 class Writer:
     """Writes the logs of all running jobs of a process. Start it once; use from the loop that started it."""
 
-    def __init__(self, redis: Any) -> None:
-        self._wire = Wire(redis)
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self._dirty: list[JobLog] = []
         self._quiet: list[JobLog] = []
         self._open: set[JobLog] = set()
@@ -57,7 +57,6 @@ class Writer:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        await self._wire.aclose()
 
     def open(self, job_id: str, claim: str, epoch: int) -> JobLog:
         """A log for a claim that was just made."""
@@ -148,10 +147,10 @@ class Writer:
                 commands.append(self._append(log, first, payloads))
                 carried.append((log, first + len(payloads) - 1))
         if commands:
-            replies = await self._wire.execute(commands)
+            replies = await self._wire.many(commands)
             if any(isinstance(r, NoScriptError) for r in replies):
-                await self._wire.execute([(b"SCRIPT", b"LOAD", APPEND.source)])
-                replies = await self._wire.execute(commands)
+                await self._wire.many([(b"SCRIPT", b"LOAD", APPEND.source)])
+                replies = await self._wire.many(commands)
         else:
             replies = []
         del self._dirty[: len(batch)]
@@ -199,9 +198,7 @@ class Writer:
         logs = [log for log in self._open if not (log.fenced or log.lost)]
         for start in range(0, len(logs), _JOBS_PER_WRITE):
             part = logs[start : start + _JOBS_PER_WRITE]
-            replies = await self._wire.execute(
-                [(b"XREVRANGE", log.log_key, b"+", b"-", b"COUNT", b"1") for log in part]
-            )
+            replies = await self._wire.many([(b"XREVRANGE", log.log_key, b"+", b"-", b"COUNT", b"1") for log in part])
             for log, reply in zip(part, replies, strict=True):
                 if isinstance(reply, ResponseError):
                     raise reply

@@ -147,7 +147,7 @@ async def _wait_for_model(client: httpx.AsyncClient, port: int) -> None:
     deadline = time.monotonic() + _MODEL_READY_S
     while time.monotonic() < deadline:
         try:
-            if (await client.get(f"http://127.0.0.1:{port}/health")).status_code == httpx.codes.OK:
+            if (await client.get(f"http://127.0.0.1:{port}/health")).status_code == 200:
                 return
         except httpx.ConnectError:
             pass  # not listening yet
@@ -185,7 +185,7 @@ async def _tour(client: httpx.AsyncClient, prompt: str) -> bool:
 
     stored: dict[str, Any] = (await client.get(f"/v1/jobs/{job['id']}")).json()
     stored_same = stored["state"] == "succeeded" and stored["text"] == text
-    usage = stored.get("usage") or {}
+    usage: dict[str, Any] = stored.get("usage") or {}
     out(
         f"5. stored: {stored['state']}, {usage.get('input_tokens')} tokens in, {usage.get('output_tokens')} out, "
         f"text equal to the tokens joined: {_yes(stored_same)}\n"

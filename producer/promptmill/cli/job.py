@@ -23,20 +23,20 @@ JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id.")]
 
 @app.command()
 def show(
-    id: JobId, *, as_json: JsonOption = False, config: ConfigOption = None, data_dir: DataDirOption = None
-) -> None:  # noqa: A002 - the argument's name in the help
+    job_id: JobId, *, as_json: JsonOption = False, config: ConfigOption = None, data_dir: DataDirOption = None
+) -> None:
     """Show a job as it stands now."""
 
     async def get(settings: Settings) -> Job:
         async with open_producer(settings) as producer:
-            return await producer.get(id)
+            return await producer.get(job_id)
 
     _show(asyncio.run(get(client_settings(config, data_dir))), as_json=as_json)
 
 
 @app.command()
 def stream(
-    id: JobId,  # noqa: A002
+    job_id: JobId,
     *,
     after: Annotated[str | None, typer.Option(metavar="EVENT_ID", help="Only what comes after this event.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell progress on standard error.")] = False,
@@ -47,10 +47,10 @@ def stream(
     """Follow a job from its beginning, or from an event on, to its end. Ctrl-C leaves the job running."""
 
     async def follow(settings: Settings) -> int:
-        printer = EventPrinter(id, as_json=as_json, verbose=verbose)
+        printer = EventPrinter(job_id, as_json=as_json, verbose=verbose)
 
         async def read() -> int:
-            async with open_producer(settings) as producer, aclosing(producer.events(id, after)) as events:
+            async with open_producer(settings) as producer, aclosing(producer.events(job_id, after)) as events:
                 async for event in events:
                     printer.show(event)
             return printer.exit_code
@@ -67,7 +67,7 @@ def stream(
 
 @app.command()
 def cancel(
-    id: JobId,  # noqa: A002
+    job_id: JobId,
     *,
     reason: Annotated[str, typer.Option(help="Told to the job's readers.")] = "cancelled at the terminal",
     as_json: JsonOption = False,
@@ -78,7 +78,7 @@ def cancel(
 
     async def end(settings: Settings) -> Job:
         async with open_producer(settings) as producer:
-            return await producer.cancel(id, reason)
+            return await producer.cancel(job_id, reason)
 
     _show(asyncio.run(end(client_settings(config, data_dir))), as_json=as_json)
 

@@ -6,6 +6,7 @@ import asyncio
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 from promptmill.demo_model import MODEL_NAME, find_model
 from promptmill.doctor.models import check_models
@@ -18,6 +19,8 @@ from promptmill.up.datadir import RunningUp, find_running_up
 from promptmill.up.embedded import find_store_program
 from promptmill.up.listen import check_exposure
 from promptmill.up.stack import data_dir_of
+
+_GROUPS: Final = ("installed", "configured", "reachable")
 
 
 async def examine(config: Path | None = None, data_dir: Path | None = None) -> Report:
@@ -39,6 +42,7 @@ async def examine(config: Path | None = None, data_dir: Path | None = None) -> R
         settings = settings.model_copy(update={"redis_url": running.redis_url})
     found = await asyncio.gather(check_store(settings), check_broker(settings), check_models(settings))
     report.checks += [check for checks in found for check in checks]
+    report.checks.sort(key=lambda check: _GROUPS.index(check.group))
     return report
 
 
@@ -48,7 +52,7 @@ def _installed() -> list[Check]:
             "installed",
             "promptmill",
             "ok",
-            f"{metadata.version('promptmill')} on Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+            f"{metadata.version('promptmill')} on Python {platform.python_version()}, {platform.platform(terse=True)}",
         )
     ]
     for extra in EXTRAS:

@@ -11,7 +11,7 @@ Status = Literal["ok", "off", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding. ``group`` is installed, configured, or reachable; ``advice`` says what to do, where there is something."""
+    """One finding. ``group`` is installed, configured or reachable; ``advice`` says what to do, if anything."""
 
     group: str
     name: str

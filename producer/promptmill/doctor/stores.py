@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from promptmill.client import AsyncProducer
@@ -12,7 +12,7 @@ from promptmill.errors import PromptmillError
 from promptmill.settings import Settings
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 
-_BROKER_S = 5.0
+_BROKER_S: Final = 5
 
 
 async def check_store(settings: Settings) -> list[Check]:
@@ -90,7 +90,7 @@ async def check_broker(settings: Settings) -> list[Check]:
 
 
 def _connect(url: str) -> None:
-    from kombu import Connection  # noqa: PLC0415 - a tenth of a second that only this check needs
+    from kombu.connection import Connection  # noqa: PLC0415 - a tenth of a second that only this check needs
 
     with Connection(url, connect_timeout=_BROKER_S) as connection:  # pyright: ignore[reportUnknownVariableType]
         connection.ensure_connection(max_retries=1, timeout=_BROKER_S)  # pyright: ignore[reportUnknownMemberType]

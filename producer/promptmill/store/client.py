@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, Final, Literal, Self
 
 import orjson
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
 from promptmill import keys
 from promptmill.contract import Cancelled, Error, Job, JobRequest, Progress, Restart, Timeouts
@@ -21,6 +21,7 @@ from promptmill.store import scripts
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 from promptmill.store.head import FIELDS, Record, pack_head, record_ttl_ms
 from promptmill.store.ids import EventId
+from promptmill.store.wire import Command, Wire
 
 LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
 _LOG_PAGE: Final = 500
@@ -59,12 +60,18 @@ class Claimed:
 ClaimRefusal = Literal["missing", "not_queued", "expired", "early"]
 
 
+def _ms(time_to_live: timedelta) -> int:
+    return int(time_to_live.total_seconds() * 1000)
+
+
 class Store:
     """Jobs in Redis. Cheap to share: one per process and event loop."""
 
     def __init__(self, redis: Any, address: str = "redis") -> None:
         # Any: half of redis-py's signatures are unknown to a strict checker.
         self.redis: Any = redis
+        self.wire = Wire(redis)
+        """The shared connection of everything that happens per job or per token."""
         self.address = address
 
     @classmethod
@@ -80,6 +87,7 @@ class Store:
 
     async def aclose(self) -> None:
         """Close every connection."""
+        await self.wire.aclose()
         await self.redis.aclose()
 
     async def run(self, script: scripts.Script, job_id: str, *args: bytes | str | float) -> Any:
@@ -90,9 +98,17 @@ class Store:
     async def _run(self, script: scripts.Script, job_id: str, args: Sequence[bytes | str | float]) -> Any:
         job_keys = (keys.record(job_id), keys.log(job_id), keys.channel(job_id))
         try:
-            return await self.redis.evalsha(script.sha, 3, *job_keys, *args)
+            return await self.wire.call("EVALSHA", script.sha, 3, *job_keys, *args)
         except NoScriptError:
-            return await self.redis.eval(script.source, 3, *job_keys, *args)
+            return await self.wire.call("EVAL", script.source, 3, *job_keys, *args)
+
+    async def ask(self, commands: Sequence[Command]) -> list[Any]:
+        """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused."""
+        replies = await self.wire.many(commands)
+        for reply in replies:
+            if isinstance(reply, ResponseError):
+                raise reply
+        return replies
 
     async def load_scripts(self) -> None:
         """Make every script known to the server, so that pipelines can name them by digest."""
@@ -133,37 +149,43 @@ class Store:
             try:
                 return await self._submit(jobs)
             except NoScriptError:
-                await self.redis.script_load(scripts.SUBMIT.source)
+                await self.wire.call("SCRIPT", "LOAD", scripts.SUBMIT.source)
                 return await self._submit(jobs)
 
     async def _submit(self, jobs: Sequence[Submission]) -> list[bool]:
         event = Progress(phase="queued").to_json()
-        pipe = self.redis.pipeline(transaction=False)
         score = time.time_ns() // 1000
+        commands: list[Command] = []
         for i, job in enumerate(jobs):
             job_id, life, keep = job.job_id, job.life_ms, job.retention_ms
-            pipe.zadd(keys.OUTBOX, {job_id: 0}, nx=True)
-            pipe.evalsha(
-                scripts.SUBMIT.sha,
-                3,
-                keys.record(job_id),
-                keys.log(job_id),
-                keys.channel(job_id),
-                keys.new_token(),
-                pack_head(job.request, job.queue),
-                job.request.to_json(),
-                event,
-                life,
-                keep,
-                int((job.timeouts.queue_s or 0) * 1000),
-            )
+            commands += [
+                ("ZADD", keys.OUTBOX, "NX", 0, job_id),
+                (
+                    "EVALSHA",
+                    scripts.SUBMIT.sha,
+                    3,
+                    keys.record(job_id),
+                    keys.log(job_id),
+                    keys.channel(job_id),
+                    keys.new_token(),
+                    pack_head(job.request, job.queue),
+                    job.request.to_json(),
+                    event,
+                    life,
+                    keep,
+                    int((job.timeouts.queue_s or 0) * 1000),
+                ),
+            ]
             for index in (keys.ALL_JOBS, keys.user_jobs(job.request.user)):
-                pipe.zadd(index, {job_id: score + i}, nx=True)
-                pipe.zremrangebyscore(index, "-inf", score - (life + keep) * 1000)
-                pipe.expire(index, timedelta(milliseconds=life + keep), gt=True)
-                pipe.expire(index, timedelta(milliseconds=life + keep), nx=True)
-        pipe.expire(keys.OUTBOX, keys.INDEX_TTL)
-        replies: list[Any] = await pipe.execute()
+                commands += [
+                    ("ZADD", index, "NX", score + i, job_id),
+                    ("ZREMRANGEBYSCORE", index, "-inf", score - (life + keep) * 1000),
+                    # GT leaves a longer time alone; NX sets the first one.
+                    ("PEXPIRE", index, life + keep, "GT"),
+                    ("PEXPIRE", index, life + keep, "NX"),
+                ]
+        commands.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
+        replies = await self.ask(commands)
         return [replies[i * 10 + 1][2] == b"queued" for i in range(len(jobs))]
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -178,10 +200,7 @@ class Store:
         if not ids:
             return []
         with store_errors(self.address):
-            pipe = self.redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipe.hmget(keys.record(job_id), FIELDS)
-            rows: list[list[bytes | None]] = await pipe.execute()
+            rows = await self.ask([("HMGET", keys.record(job_id), *FIELDS) for job_id in ids])
         return [Record(job_id, row) if row[0] and row[1] else None for job_id, row in zip(ids, rows, strict=True)]
 
     async def get(self, job_id: str) -> Job:
@@ -195,11 +214,8 @@ class Store:
         """Up to 500 events behind ``after``, in order; whether the log exists at all; whether there may be more."""
         key = keys.log(job_id)
         with store_errors(self.address):
-            pipe = self.redis.pipeline(transaction=False)
-            pipe.xrange(key, min=f"({after}", count=_LOG_PAGE)
-            pipe.exists(key)
-            entries, exists = await pipe.execute()
-        found = [(EventId.read(entry_id), fields[b"e"]) for entry_id, fields in entries]
+            entries, exists = await self.ask([("XRANGE", key, f"({after}", "+", "COUNT", _LOG_PAGE), ("EXISTS", key)])
+        found = [(EventId.read(entry_id), fields[1]) for entry_id, fields in entries]
         return found, bool(exists), len(found) == _LOG_PAGE
 
     async def list_ids(self, user: str | None, before: str | None, count: int) -> list[tuple[str, int]]:

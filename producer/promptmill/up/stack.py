@@ -35,7 +35,8 @@ _GATEWAY_STOP_S: Final = 13.0
 class Stack:
     """Store, workers, gateway, and what else is given as ``extra``. An async context manager; leaving it ends all.
 
-    ``extra`` are functions from the lifeline's descriptor to a part, started first. ``hurry`` set: whatever is waited for at the end is killed instead. ``tell`` must not block.
+    ``extra`` are functions from the lifeline's descriptor to a part; these are started first. ``hurry`` set: whatever
+    is waited for at the end is killed instead. ``tell`` must not block.
 
     Entering raises, with nothing left behind:
 

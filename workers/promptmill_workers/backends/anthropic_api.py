@@ -16,9 +16,9 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import anthropic.resources.messages  # the SDK imports it at the first call, where a second would stop the event loop
 import httpx2
 from anthropic import APIConnectionError, APIStatusError, AsyncAnthropic
+from anthropic.resources.messages import AsyncMessages
 from httpx_aiohttp.httpx2 import AiohttpTransport
 from pydantic import Field
 
@@ -94,7 +94,9 @@ class AnthropicApi:
     @asynccontextmanager
     async def _answer(self, call: Call, secret: str | None) -> AsyncGenerator[httpx2.Response]:
         """The answer with status 200, its body unread; anything else is raised. Closed on the way out."""
-        sending = self._sdk(secret).messages.with_streaming_response.create(
+        # The annotation has its module imported with this one: the SDK would do so here, for a second, in the loop.
+        messages: AsyncMessages = self._sdk(secret).messages
+        sending = messages.with_streaming_response.create(
             **self._arguments(call.request),
             stream=True,
             timeout=httpx2.Timeout(None, connect=call.timeouts.connect_s, pool=call.timeouts.connect_s),

@@ -189,26 +189,26 @@ def transport_error(err: BaseException, *, address: str, answered: bool, request
     Looks through to aiohttp's own exception: httpx-aiohttp maps a refused connection and a broken one to
     ``ConnectTimeout``.
     """
-    code, what = "unreachable", "cannot be reached"
+    code, what, shown = "unreachable", "cannot be reached", err
     if answered:
         code, what = "cut", "closed the connection before the answer's end"
     for cause in _causes(err):
-        if isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError):
-            code, what = "unreachable", "cannot be reached"
-            break
         if isinstance(cause, aiohttp.ConnectionTimeoutError):
             code, what = "timeout_connect", "did not accept the connection in time"
-            break
-        if isinstance(cause, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
+        elif isinstance(cause, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError):
+            code, what = "unreachable", "cannot be reached"
+        elif isinstance(cause, aiohttp.InvalidURL):
             code, what = "bad_request", "is no usable address"
-            break
-        if isinstance(cause, aiohttp.ClientResponseError) and not answered:
+        elif isinstance(cause, aiohttp.ClientResponseError) and not answered:
             code, what = "malformed", "did not answer with HTTP"
-            break
-        if isinstance(cause, aiohttp.ServerDisconnectedError | ConnectionError) and not answered:
+        elif isinstance(cause, aiohttp.ServerDisconnectedError | ConnectionError) and not answered:
             what = "closed the connection without an answer"
-            break
-    reason = safe_message(str(err) or type(err).__name__)
+        elif not isinstance(cause, aiohttp.ClientPayloadError):
+            continue
+        # The libraries above word it as what they take it for ("Request timed out" for a refused connection).
+        shown = cause
+        break
+    reason = safe_message(str(shown) or type(shown).__name__)
     return BackendError(f"{address} {what} ({reason})", code=code, provider_request_id=request_id)
 
 

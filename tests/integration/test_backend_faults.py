@@ -1,0 +1,389 @@
+"""Every fault of the provider simulator on both HTTP backends: its exact documented code, and nothing left open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final
+
+import pytest
+
+from promptmill.errors import CODES
+from promptmill.settings import ModelConfig
+from promptmill_workers.backends import load_backend
+from promptmill_workers.backends.base import Backend, Call, Finished, Item, TextDelta, UsageUpdate
+from promptmill_workers.testing import call, collect, failure, text_of
+from tests.support.simulator import FAULTS, Simulator, refusing_url, unanswering_url
+
+KEY: Final = "planted-key-0123456789"
+KINDS: Final = ("local_openai", "anthropic_api")
+PATHS: Final = {"local_openai": "/v1", "anthropic_api": ""}
+
+# Fault: code, and how many deltas of ten come before it.
+EXPECTED: Final[dict[str, tuple[str, int]]] = {
+    "400": ("bad_request", 0),
+    "401": ("auth", 0),
+    "403": ("auth", 0),
+    "404": ("bad_request", 0),
+    "408": ("overloaded", 0),
+    "409": ("overloaded", 0),
+    "413": ("context_too_long", 0),
+    "429": ("rate_limited", 0),
+    "500": ("overloaded", 0),
+    "503": ("overloaded", 0),
+    "504": ("overloaded", 0),
+    "529": ("overloaded", 0),
+    "context": ("context_too_long", 0),
+    "cut": ("cut", 5),
+    "reset": ("cut", 5),
+    "truncated": ("cut", 5),
+    "error_event": ("overloaded", 5),
+    "malformed": ("malformed", 5),
+    "empty": ("empty", 0),
+    "refusal": ("refused", 0),
+}
+SILENT: Final = {"hang": 0, "hang_headers": 0, "stall": 5}
+HEALTHY: Final = {"split"}
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMULATOR_KEY", KEY)
+    # One that the SDK would take by itself, and that must never travel.
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-wrong-one")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[Simulator]:
+    async with Simulator(key=KEY) as simulator:
+        yield simulator
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@asynccontextmanager
+async def opened(kind: str, url: str, model: str = "sim", **fields: Any) -> AsyncIterator[Backend]:
+    config = ModelConfig(type=kind, model_name=model, api_url=url + PATHS[kind], api_key_env="SIMULATOR_KEY", **fields)
+    backend = load_backend("model", config)
+    try:
+        yield backend
+    finally:
+        await backend.aclose()
+
+
+def words(count: int) -> str:
+    return "".join(f"tok{i} " for i in range(count))
+
+
+def test_every_fault_of_the_simulator_is_covered() -> None:
+    assert EXPECTED.keys() | SILENT.keys() | HEALTHY == FAULTS
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+async def test_each_fault_ends_in_its_code(sim: Simulator, kind: str, fault: str) -> None:
+    code, deltas = EXPECTED[fault]
+    async with opened(kind, sim.url, f"sim:tokens=10,fault={fault}") as backend:
+        items, error = await failure(backend, call())
+        assert (error.code, error.retryable) == (code, CODES[code].retryable), error
+        assert text_of(items) == words(deltas)
+        assert not any(isinstance(item, Finished) for item in items)
+        assert error.provider_request_id, "the provider's id helps its support"
+        assert KEY not in str(error)
+        assert len(sim.requests) == 1, "a backend never retries by itself"
+    await sim.wait_idle(connections=True)
+
+
+@pytest.mark.parametrize("fault", SILENT)
+async def test_a_silent_provider_is_left_as_soon_as_the_call_is_cancelled(
+    sim: Simulator, kind: str, fault: str
+) -> None:
+    seen: list[Item] = []
+
+    async def read() -> None:
+        async with aclosing(backend.complete(call())) as items:
+            async for item in items:
+                seen.append(item)  # noqa: PERF401 - what came before the silence is kept
+
+    async with opened(kind, sim.url, f"sim:tokens=10,fault={fault}") as backend:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(read(), 0.3)
+        assert text_of(seen) == words(SILENT[fault])
+        await sim.wait_idle(connections=True, timeout_s=2)
+
+
+async def test_an_answer_cut_into_the_smallest_pieces_arrives_whole(sim: Simulator, kind: str) -> None:
+    plan = sim.plan(fault="split")
+    async with opened(kind, sim.url) as backend:
+        assert text_of(await collect(backend, call())) == plan.expected_text()
+
+
+@pytest.mark.parametrize("wire", [1, 3, 64])
+async def test_an_answer_in_fixed_slices_arrives_whole(sim: Simulator, kind: str, wire: int) -> None:
+    plan = sim.plan(wire=wire, chunks=("日本 ", "👩‍🚀\u2028", "\u0085x"))
+    async with opened(kind, sim.url) as backend:
+        assert text_of(await collect(backend, call())) == plan.expected_text()
+
+
+async def test_a_refused_connection_is_unreachable(kind: str) -> None:
+    with refusing_url() as url:
+        async with opened(kind, url) as backend:
+            items, error = await failure(backend, call())
+    assert (items, error.code, error.retryable) == ([], "unreachable", True)
+    assert url.removeprefix("http://") in str(error)
+
+
+async def test_an_unknown_host_is_unreachable(kind: str) -> None:
+    async with opened(kind, "http://no-such-host.invalid") as backend:
+        _, error = await failure(backend, call())
+    assert error.code == "unreachable"
+
+
+async def test_a_connection_that_never_opens_is_a_connect_timeout(kind: str) -> None:
+    asked = call()
+    asked = Call(asked.job_id, 1, asked.request, asked.timeouts.model_copy(update={"connect_s": 0.2}))
+    with unanswering_url() as url:
+        async with opened(kind, url) as backend, asyncio.timeout(5):
+            _, error = await failure(backend, asked)
+    assert error.code == "timeout_connect"
+
+
+async def _answering(answer: bytes) -> AsyncIterator[str]:
+    """A server that reads a request's head, says ``answer`` and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+answering = asynccontextmanager(_answering)
+
+
+def response(body: bytes, *, status: str = "200 OK", kind: str = "text/event-stream", extra: str = "") -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{extra}Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (b"", "unreachable"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", "malformed"),
+        (response(b"<html>Sign in</html>", kind="text/html"), "malformed"),
+        (response(b"{}", kind="application/json"), "malformed"),
+        (response(b'{"error": "model is loading"}', kind="application/json"), "crashed"),
+        (response(b""), "cut"),
+        (response(b"data: [1]\n\n"), "malformed"),
+        (response(b"data: \xff\xfe\n\n"), "malformed"),
+        (response(b"data: " + b"[" * 100_000 + b"\n\n"), "malformed"),
+        (response(b"data: {" + b" " * 9_000_000), "malformed"),
+        (response(b"", status="302 Found", extra="Location: https://elsewhere.invalid/\r\n"), "bad_request"),
+        (response(b"<html>" * 100, status="502 Bad Gateway", kind="text/html"), "unreachable"),
+        (response(b"upstream down", status="521 Down", kind="text/plain"), "unreachable"),
+    ],
+)
+async def test_a_server_that_is_no_provider_gives_a_documented_code(kind: str, answer: bytes, code: str) -> None:
+    async with answering(answer) as url, opened(kind, url) as backend:
+        items, error = await failure(backend, call())
+    assert (text_of(items), error.code) == ("", code), error
+    assert len(str(error)) < 700
+
+
+async def test_the_wait_that_the_provider_asks_for_is_passed_on(sim: Simulator, kind: str) -> None:
+    async with opened(kind, sim.url, "sim:fault=429,retry_after=7") as backend:
+        _, error = await failure(backend, call())
+    assert error.retry_after_s == 7
+
+
+async def test_usage_and_reason_are_what_the_provider_said(sim: Simulator, kind: str) -> None:
+    sim.plan(tokens=7, usage={"input_tokens": 100, "output_tokens": 7, "cache_read_tokens": 40})
+    async with opened(kind, sim.url) as backend:
+        items = await collect(backend, call(max_tokens=3))
+    usage = [item.usage for item in items if isinstance(item, UsageUpdate)][-1]
+    # OpenAI counts what came from the cache among the prompt's tokens, Anthropic beside them.
+    assert usage.input_tokens == (60 if kind == "local_openai" else 100)
+    assert (usage.output_tokens, usage.cache_read_tokens, usage.estimated) == (7, 40, False)
+    last = items[-1]
+    assert isinstance(last, Finished)
+    assert (last.reason, text_of(items)) == ("length", words(3))
+    assert last.provider_request_id
+    assert last.provider_request_id.startswith("req_")
+
+
+async def test_an_answer_without_usage_is_an_answer(sim: Simulator) -> None:
+    async with opened("local_openai", sim.url, "sim:tokens=2,omit_usage=1") as backend:
+        items = await collect(backend, call())
+    assert text_of(items) == words(2)
+    assert not any(isinstance(item, UsageUpdate) for item in items)
+
+
+async def test_a_stop_sequence_ends_the_answer(sim: Simulator, kind: str) -> None:
+    async with opened(kind, sim.url, "sim:tokens=10") as backend:
+        items = await collect(backend, call(stop=["tok4"]))
+    last = items[-1]
+    assert isinstance(last, Finished)
+    assert text_of(items) == words(4)
+    assert last.reason == ("stop" if kind == "local_openai" else "stop_sequence")
+
+
+async def test_a_refusal_after_text_went_out_is_still_a_refusal(sim: Simulator, kind: str) -> None:
+    async with opened(kind, sim.url, "sim:tokens=10,fault=refusal,after=3") as backend:
+        items, error = await failure(backend, call())
+    assert (text_of(items), error.code, error.retryable) == (words(3), "refused", False)
+
+
+async def test_the_request_carries_what_the_job_asked(sim: Simulator, kind: str) -> None:
+    picture = "iVBORw0KGgo="
+    asked = call()
+    request = asked.request.model_validate(
+        {
+            "system": "Be brief.",
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "What is this?"},
+                        {"type": "image", "media_type": "image/png", "data": picture},
+                        {"type": "image", "url": "https://example.org/a.png"},
+                    ],
+                }
+            ],
+            "max_tokens": 50,
+            "temperature": 0.5,
+            "stop": ["END"],
+        }
+    )
+    options = {"extra_body": {"top_p": 0.9}}
+    async with opened(kind, sim.url, options=options) as backend:
+        await collect(backend, Call(asked.job_id, 1, request, asked.timeouts))
+    seen = sim.requests[0]
+    body = seen.body
+    assert (seen.headers["authorization"], seen.images) == (f"Bearer {KEY}", 2)
+    assert (body["max_tokens"], body["temperature"], body["top_p"], body["stream"]) == (50, 0.5, 0.9, True)
+    content = body["messages"][-1]["content"]
+    if kind == "local_openai":
+        assert (body["messages"][0], body["stop"]) == ({"role": "system", "content": "Be brief."}, ["END"])
+        assert [part["image_url"]["url"] for part in content[1:]] == [
+            f"data:image/png;base64,{picture}",
+            "https://example.org/a.png",
+        ]
+    else:
+        assert (body["system"], body["stop_sequences"]) == ("Be brief.", ["END"])
+        assert [part["source"] for part in content[1:]] == [
+            {"type": "base64", "media_type": "image/png", "data": picture},
+            {"type": "url", "url": "https://example.org/a.png"},
+        ]
+
+
+@pytest.mark.parametrize(("host_type", "path"), [("openai", "/v1"), ("openwebui", "")])
+async def test_the_host_type_chooses_the_path(sim: Simulator, host_type: str, path: str) -> None:
+    config = ModelConfig(
+        type="local_openai",
+        model_name="sim",
+        api_url=sim.url + path,
+        api_key_env="SIMULATOR_KEY",
+        host_type=host_type,  # pyright: ignore[reportArgumentType]
+    )
+    backend = load_backend("model", config)
+    try:
+        await collect(backend, call())
+    finally:
+        await backend.aclose()
+    wanted = {"openai": "/v1/chat/completions", "openwebui": "/api/chat/completions"}
+    assert sim.requests[0].path == wanted[host_type]
+
+
+async def test_a_key_is_read_at_each_call(sim: Simulator, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(kind, sim.url) as backend:
+        monkeypatch.setenv("SIMULATOR_KEY", "an-old-key-that-is-wrong")
+        _, error = await failure(backend, call())
+        assert error.code == "auth"
+        monkeypatch.setenv("SIMULATOR_KEY", KEY)
+        assert text_of(await collect(backend, call())) == words(20)
+
+
+async def test_a_missing_key_says_which_variable_to_set(
+    sim: Simulator, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SIMULATOR_KEY")
+    async with opened(kind, sim.url) as backend:
+        _, error = await failure(backend, call())
+    assert (error.code, error.retryable) == ("auth", False)
+    assert "SIMULATOR_KEY" in str(error)
+    assert sim.requests == []
+
+
+async def test_a_key_for_anthropic_does_not_travel_to_another_host(sim: Simulator) -> None:
+    config = ModelConfig(type="anthropic_api", model_name="sim", api_url=sim.url)
+    backend = load_backend("model", config)
+    try:
+        await failure(backend, call())
+    finally:
+        await backend.aclose()
+    assert "sk-wrong-one" not in str(sim.requests[0].headers)
+
+
+async def test_connections_are_used_again(sim: Simulator, kind: str) -> None:
+    async with opened(kind, sim.url) as backend:
+        for _ in range(5):
+            await collect(backend, call())
+            assert sim.open_connections == 1
+
+
+async def test_a_proxy_in_the_environment_is_not_used_for_this_machine(
+    sim: Simulator, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with opened(kind, sim.url) as backend:
+        assert text_of(await collect(backend, call())) == words(20)
+
+
+async def test_a_proxy_in_the_environment_is_used_for_other_hosts(
+    sim: Simulator, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, sim.url)
+    async with opened(kind, "http://model.invalid") as backend:
+        # The simulator takes the absolute address in the request line for a path that it does not know.
+        _, error = await failure(backend, call())
+    assert error.code != "unreachable", error
+
+
+async def test_two_hundred_streams_at_once_share_nothing_but_the_pool(sim: Simulator, kind: str) -> None:
+    sim.default = type(sim.default)(echo=True, rate=200)
+    prompts = [f"stream {i} says {i * i}" for i in range(200)]
+    async with opened(kind, sim.url) as backend:
+        answers = await asyncio.gather(*(collect(backend, call(prompt)) for prompt in prompts))
+    assert [text_of(items) for items in answers] == prompts
+
+
+async def test_each_delta_comes_when_it_was_sent_and_not_at_the_end(sim: Simulator, kind: str) -> None:
+    loop = asyncio.get_running_loop()
+    async with opened(kind, sim.url, "sim:tokens=3,fault=stall,after=1") as backend:
+        start = loop.time()
+        async with asyncio.timeout(5), aclosing(backend.complete(call())) as items:
+            async for item in items:
+                if isinstance(item, TextDelta):
+                    break
+        assert loop.time() - start < 5
