@@ -6,21 +6,20 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Final
+from importlib import import_module
 
+from promptmill.cli import exits
 from promptmill.errors import PromptmillError
+from promptmill.extras import require_extras
 from promptmill.lifeline import watch_lifeline
 from promptmill.settings import load_settings
-from promptmill_relay.server import OpenService, run
-
-EXIT_CODES: Final = {"bad_config": 3, "store_unavailable": 4, "port_in_use": 6}
-EXIT_INTERRUPTED: Final = 130
 
 
-def main(name: str, open_service: OpenService, argv: Sequence[str] | None = None) -> int:
+def main(name: str, app_module: str, argv: Sequence[str] | None = None) -> int:
     """Read the arguments and the configuration, serve until told to stop, and say in one line what went wrong.
 
-    Answers the exit code: 0 after a clean end, else as :data:`EXIT_CODES` says, 1 for what it does not name.
+    ``app_module`` has the ``open_<name>`` of the service; it is imported only here, where its extra is known to be
+    installed. Answers the exit code, one of :mod:`promptmill.cli.exits`.
     """
     watch_lifeline()
     parser = argparse.ArgumentParser(prog=f"promptmill {name}")
@@ -31,13 +30,16 @@ def main(name: str, open_service: OpenService, argv: Sequence[str] | None = None
     try:
         settings = load_settings(given.config, host=given.host, port=given.port)
         _log_to_stderr(settings.log_level)
-        run(name, settings, open_service)
+        require_extras(name)
+        from promptmill_relay.server import run  # noqa: PLC0415 - needs the extra
+
+        run(name, settings, getattr(import_module(app_module), f"open_{name}"))
     except PromptmillError as err:
-        sys.stderr.write(f"promptmill {name}: {err.message} [{err.code}]\n")
-        return EXIT_CODES.get(err.code, 1)
+        sys.stderr.write(f"error [{err.code}]: {err.message}\n")
+        return exits.exit_code(err)
     except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+        return exits.INTERRUPTED
+    return exits.OK
 
 
 def _log_to_stderr(level: str) -> None:

@@ -8,7 +8,6 @@ the first.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import os
 import resource
@@ -25,9 +24,8 @@ from typing import Any, Final
 import uvicorn
 import uvloop
 
-from promptmill.errors import ConfigError, PromptmillError
 from promptmill.settings import Settings, listen_fd
-from promptmill_relay.door import is_loopback
+from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
 from promptmill_relay.protocol import BoundedHttpProtocol
 from promptmill_relay.stream import StreamEndpoint
@@ -157,14 +155,15 @@ def listening_socket(settings: Settings) -> socket.socket:
     """
     fd = listen_fd()
     if fd is None:
-        check_exposure(settings, settings.host)
-        sock = _bind(settings.host, settings.port)
+        check_exposure(settings)
+        sock = bind(settings.host, settings.port)
     else:
         os.set_inheritable(fd, False)
         sock = socket.socket(fileno=fd)
     try:
         if sock.family != socket.AF_UNIX:
-            check_exposure(settings, sock.getsockname()[0])
+            # What was handed on, or a name that stands for another address, counts as what it is.
+            check_exposure(settings.model_copy(update={"host": sock.getsockname()[0]}))
             # Inherited by every accepted connection.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if sys.platform == "linux":
@@ -173,39 +172,6 @@ def listening_socket(settings: Settings) -> socket.socket:
     except BaseException:
         sock.close()
         raise
-    return sock
-
-
-def check_exposure(settings: Settings, host: str) -> None:
-    """Raises :class:`~promptmill.errors.ConfigError` where others could reach ``host`` and no API key is set."""
-    if not is_loopback(host) and not settings.keys_by_user():
-        raise ConfigError(
-            f"host {host}: other machines could use this without a key; set api_key (or api_keys), or host = 127.0.0.1",
-            field="host",
-        )
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (socket.gaierror, UnicodeError) as err:
-        raise ConfigError(f"host {host!r} is not known: {err}", field="host") from None
-    # IPv4 first: it is what localhost means to most clients.
-    family, kind, proto, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(2048)
-    except OSError as err:
-        sock.close()
-        if err.errno == errno.EADDRINUSE:
-            raise PromptmillError(
-                f"port {port} on {host} is in use: stop what listens there, or choose another with --port",
-                code="port_in_use",
-                field="port",
-            ) from None
-        raise ConfigError(f"cannot listen on {host} port {port}: {err.strerror}", field="host") from None
     return sock
 
 

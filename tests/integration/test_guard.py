@@ -19,7 +19,12 @@ from promptmill.up import guard as guard_module
 from promptmill.up.part import guard_interpreter
 from tests.support.processes import alive, wait_gone
 
-DEAF = "import signal,time,sys\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsys.stderr.write('deaf\\n')\ntime.sleep(600)"
+DEAF = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+sys.stderr.write("deaf\\n")
+time.sleep(600)
+"""
 
 
 @dataclass

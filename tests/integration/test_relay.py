@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from promptmill.errors import StoreUnavailable
+from promptmill.errors import ConfigError, PromptmillError, StoreUnavailable
 from promptmill.reading import Frame
 from promptmill.settings import Settings
 from promptmill_relay import protocol, server
@@ -291,7 +291,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMPTMILL_LISTEN_FD", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(server.PromptmillError, match=f"port {port}") as caught:
+        with pytest.raises(PromptmillError, match=f"port {port}") as caught:
             server.listening_socket(Settings(port=port))
     assert caught.value.code == "port_in_use"
 
@@ -299,7 +299,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "no-such-host.invalid", "192.0.2.1"])
 def test_another_address_without_a_key_is_refused(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PROMPTMILL_LISTEN_FD", raising=False)
-    with pytest.raises(server.ConfigError, match="api_key"):
+    with pytest.raises(ConfigError, match="api_key"):
         server.listening_socket(Settings(host=host, port=0))
 
 
@@ -312,5 +312,5 @@ def test_another_address_with_a_key_is_listened_on(monkeypatch: pytest.MonkeyPat
 def test_an_inherited_socket_beyond_loopback_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     inherited = socket.create_server(("0.0.0.0", 0))
     monkeypatch.setenv("PROMPTMILL_LISTEN_FD", str(inherited.detach()))
-    with pytest.raises(server.ConfigError, match="api_key"):
+    with pytest.raises(ConfigError, match="api_key"):
         server.listening_socket(Settings())

@@ -152,10 +152,10 @@ async def test_what_hinders_the_start_is_said_in_one_line(module: str, redis_url
         port = str(taken.getsockname()[1])
         for arguments, url, code, said in (
             (["--port", port], redis_url, 6, f"port {port}"),
-            (["--host", "0.0.0.0", "--port", "0"], redis_url, 3, "api_key"),
-            (["--port", "0"], "redis://127.0.0.1:1/0", 4, "cannot be reached"),
-            (["--config", "broken.toml"], redis_url, 3, "prot: no such setting"),
-            (["--config", "none.toml"], redis_url, 3, "no such file"),
+            (["--host", "0.0.0.0", "--port", "0"], redis_url, 6, "api_key"),
+            (["--port", "0"], "redis://127.0.0.1:1/0", 5, "cannot be reached"),
+            (["--config", "broken.toml"], redis_url, 6, "prot: no such setting"),
+            (["--config", "none.toml"], redis_url, 6, "no such file"),
         ):
             found, line = await refused(module, *arguments, cwd=tmp_path, PROMPTMILL_REDIS_URL=url)
             assert (found, line.count("\n")) == (code, 1), line

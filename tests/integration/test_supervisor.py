@@ -18,8 +18,25 @@ from promptmill.up.supervisor import Supervisor, restart_pause_s
 from tests.support.processes import alive, wait_gone, wait_until
 
 SLEEP = "import time; time.sleep(600)"
-WATCHES = "from promptmill.lifeline import watch_lifeline\nimport time\nwatch_lifeline()\nprint('watching', flush=True)\ntime.sleep(600)"
-DEAF = "import signal,time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(600)"
+WATCHES = """
+import time
+from promptmill.lifeline import watch_lifeline
+watch_lifeline()
+print("watching", flush=True)
+time.sleep(600)
+"""
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("deaf", flush=True)
+time.sleep(600)
+"""
+POLITE = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("bye", flush=True), sys.exit()))
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 class Said(list[str]):
@@ -56,9 +73,7 @@ async def test_a_part_that_dies_is_restarted_and_the_news_is_told(supervisor: Su
     assert f"worker-1 died (signal 9); restarted as pid {supervisor.pids()['worker-1']}" in said
 
 
-async def test_a_guarded_part_is_known_by_its_programs_pid_and_restarted_too(
-    supervisor: Supervisor, said: Said
-) -> None:
+async def test_a_guarded_part_goes_by_its_programs_pid_and_is_restarted_too(supervisor: Supervisor, said: Said) -> None:
     await supervisor.start(PartSpec("redis", ("/bin/sleep", "600"), guarded=True))
     supervisor.settled()
     first = supervisor.pids()["redis"]
@@ -93,10 +108,9 @@ async def test_a_part_that_cannot_be_started_at_all_is_an_error(supervisor: Supe
 
 
 async def test_stop_ends_parts_in_their_order(said: Said) -> None:
-    polite = "import signal,sys,time\nsignal.signal(signal.SIGTERM, lambda *_: (print('bye', flush=True), sys.exit()))\nprint('up', flush=True)\ntime.sleep(600)"
     async with Supervisor(said) as supervisor:
-        await supervisor.start(python("gateway", polite, stop_order=2))
-        await supervisor.start(python("worker-1", polite, stop_order=1))
+        await supervisor.start(python("gateway", POLITE, stop_order=2))
+        await supervisor.start(python("worker-1", POLITE, stop_order=1))
         await wait_until(lambda: {"gateway | up", "worker-1 | up"} <= set(said), "both are up")
     byes = [line for line in said if line.endswith("| bye")]
     assert byes == ["worker-1 | bye", "gateway | bye"]

@@ -47,7 +47,12 @@ class Deadlines:
 
     def touch(self) -> None:
         """A token came."""
+        first = not self._touched
         self._touched = self._loop.time()
+        if first and self._handle is not None:
+            # The bound between tokens is often the shorter one; afterwards it only moves away.
+            self._handle.cancel()
+            self._arm()
 
     def _due(self) -> tuple[float, str]:
         bounds = self._timeouts

@@ -100,7 +100,8 @@ async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeo
         return code
     printer.break_line()
     try:
-        await asyncio.wait_for(job.cancel("interrupted at the terminal"), CANCEL_WAIT_S)
+        async with asyncio.timeout(CANCEL_WAIT_S):
+            await job.cancel("interrupted at the terminal")
     except (PromptmillError, TimeoutError) as err:
         note(f"the job could not be cancelled ({err or 'no answer'}): `promptmill job cancel {job.id}`")
     else:

@@ -81,6 +81,8 @@ class Reader:
                     backoff = min(backoff * 2, _BACKOFF_MAX_S)
             elif self._queue:
                 batch = self._take()
+            if self._done and not batch:
+                break
             if batch:
                 self.spoke_at = asyncio.get_running_loop().time()
                 return batch
@@ -165,6 +167,10 @@ class Reader:
         self._reread = False
         self._queue.clear()
         entries, exists, more = await self._hub.store.read_log(self.job_id, self._last)
+        if self.user is None:
+            # Redis was away when we were opened: whose job this is, is known only now.
+            record = await self._hub.store.find(self.job_id)
+            self.user = record.user if record else None
         batch: list[Frame] = []
         for event_id, data in entries:
             got = frame(bytes(event_id), data)
@@ -190,6 +196,7 @@ class Reader:
             self._done = True
             gone = {"type": "error", "code": "not_found", "message": "the job is no longer stored", "retryable": False}
             return [frame(None, orjson.dumps(gone))]
+        self.user = record.user
         end_id = record.end_id
         if end_id is None or (exists and self._last < end_id):
             return []

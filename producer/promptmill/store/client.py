@@ -16,7 +16,7 @@ from redis.exceptions import NoScriptError, ResponseError
 
 from promptmill import keys
 from promptmill.contract import Cancelled, Error, Job, JobRequest, Progress, Restart, Timeouts
-from promptmill.errors import IdempotencyConflict, NotFound
+from promptmill.errors import BadRequest, IdempotencyConflict, NotFound
 from promptmill.store import scripts
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 from promptmill.store.head import FIELDS, Record, pack_head, record_ttl_ms
@@ -219,9 +219,14 @@ class Store:
         return found, bool(exists), len(found) == _LOG_PAGE
 
     async def list_ids(self, user: str | None, before: str | None, count: int) -> list[tuple[str, int]]:
-        """Job ids with their index scores, newest first, behind the cursor ``before`` (``<score>.<id>``)."""
+        """Job ids with their index scores, newest first, behind the cursor ``before`` (``<score>.<id>``).
+
+        Raises ``bad_request`` for a cursor that is none.
+        """
         index = keys.ALL_JOBS if user is None else keys.user_jobs(user)
         score_text, _, last_id = (before or "").partition(".")
+        if before is not None and not (score_text.isascii() and score_text.isdecimal() and len(score_text) < 20):
+            raise BadRequest(f"{before[:80]!r} is not a cursor that a page gave", field="cursor")
         top = int(score_text) if score_text else None
         with store_errors(self.address):
             rows: list[tuple[bytes, float]] = await self.redis.zrevrangebyscore(

@@ -65,11 +65,21 @@ def where(url: str) -> str:
 
 @contextmanager
 def store_errors(address: str) -> Generator[None]:
-    """Turn what redis-py raises into :class:`StoreUnavailable` with advice; leave everything else alone."""
+    """Turn what redis-py raises into :class:`StoreUnavailable` with advice; leave everything else alone.
+
+    A cancellation that came meanwhile is raised at the end: redis-py sends through ``asyncio.wait_for``, which on
+    Python 3.11 loses one that arrives together with the result, and the task would then never end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task else 0
     try:
         yield
     except (RedisError, OSError, asyncio.IncompleteReadError) as err:
+        if task and task.cancelling() > before:
+            raise asyncio.CancelledError from err
         raise _explain(err, address) from err
+    if task and task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def _explain(err: BaseException, address: str) -> StoreUnavailable:

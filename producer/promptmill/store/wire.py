@@ -1,8 +1,8 @@
 """One connection shared by every caller of an event loop: what is asked in the same moment travels in one write.
 
 redis-py gives each concurrent call a connection and a write of its own; on the token path and around each job that
-costs several times what the commands themselves cost. Replies come back in the order of the commands, so no caller waits for
-another's work, only for the server's.
+costs several times what the commands themselves cost. Replies come back in the order of the commands, so no caller
+waits for another's work, only for the server's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redis.exceptions import RedisError, ResponseError
 from promptmill.store.connection import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
 
 _LOOK_S: Final = 1.0
-_pack: Any = hiredis.pack_command  # its stub names a tuple of one
+_pack: Any = getattr(hiredis, "pack_command")  # noqa: B009 - its stub names a tuple of one
 
 Command = tuple[bytes | str | int | float, ...]
 

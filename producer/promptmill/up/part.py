@@ -190,7 +190,8 @@ class Part:
         if self.running:
             self.kill()
             try:
-                await asyncio.wait_for(self._ended.wait(), _KILL_WAIT_S)
+                async with asyncio.timeout(_KILL_WAIT_S):
+                    await self._ended.wait()
             except TimeoutError:
                 self._tell(f"{self.spec.name} does not end; the kernel holds it")
 

@@ -165,7 +165,8 @@ class Supervisor:
         if not seconds:
             return self._stopping.is_set()
         try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
         except TimeoutError:
             return False
         return True
