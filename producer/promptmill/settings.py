@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -17,8 +18,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from promptmill.contract import Limits, Timeouts
@@ -35,6 +38,10 @@ ModelName = Annotated[str, Field(pattern=_NAME)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 DEFAULT_TIMEOUTS: Final = Timeouts(queue_s=3600, connect_s=10, first_token_s=120, idle_s=60, total_s=900)
+
+
+_file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})  # noqa: B039 - never changed
+"""What the file says while :func:`load_settings` builds the settings; the lowest of the sources."""
 
 
 class _Part(BaseModel):
@@ -178,9 +185,9 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # load_settings merges the file under the environment; a .env is never read behind the operator's back.
-        del settings_cls, dotenv_settings, file_secret_settings
-        return env_settings, init_settings
+        # Arguments, then the environment, then the file; a .env is never read behind the operator's back.
+        del dotenv_settings, file_secret_settings
+        return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=_file_values.get())
 
     @field_validator("redis_url", "broker_url")
     @classmethod
@@ -290,18 +297,15 @@ def load_settings(config: Path | str | None = None, **overrides: Any) -> Setting
     if chosen or path.is_file():
         values = _read_toml(path)
         values["config_file"] = path.resolve()
+    token = _file_values.set(values)
     try:
-        settings = Settings(**values)
-        given = {k: v for k, v in overrides.items() if v is not None}
-        # Validated again as a whole: model_copy would take any value.
-        return Settings.model_validate({**settings.model_dump(exclude_unset=True), **given}) if given else settings
+        return Settings(**{k: v for k, v in overrides.items() if v is not None})
     except ValidationError as err:
         raise _config_error(err, path if values else None) from None
-    except Exception as err:
-        # pydantic-settings raises SettingsError, a ValueError, for a variable that is not JSON where JSON is needed.
-        if isinstance(err, ValueError):
-            raise ConfigError(f"PROMPTMILL_*: {err}") from None
-        raise
+    except SettingsError as err:
+        raise ConfigError(f"PROMPTMILL_*: {err}") from None
+    finally:
+        _file_values.reset(token)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

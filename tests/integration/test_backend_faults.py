@@ -346,6 +346,43 @@ async def test_connections_are_used_again(sim: Simulator, kind: str) -> None:
             assert sim.open_connections == 1
 
 
+@pytest.mark.parametrize(("ends_after_s", "connections"), [(0.05, 1), (None, 2)])
+async def test_a_body_that_ends_late_costs_neither_the_connection_nor_the_time(
+    ends_after_s: float | None, connections: int
+) -> None:
+    """After ``[DONE]`` the body's own end may come later, or never; only then is the connection given up."""
+    accepted = 0
+    event = b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\ndata: [DONE]\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        try:
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                length = next(line for line in request.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+                await reader.readexactly(int(length.split(b":")[1]))
+                writer.write(head + b"%x\r\n%b\r\n" % (len(event), event))
+                await writer.drain()
+                if ends_after_s is None:
+                    await reader.read()
+                    return
+                await asyncio.sleep(ends_after_s)
+                writer.write(b"0\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return  # the client closed between two requests
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, opened("local_openai", url) as backend:
+        for _ in range(2):
+            async with asyncio.timeout(2):
+                assert text_of(await collect(backend, call())) == "hi"
+    assert accepted == connections
+
+
 async def test_a_proxy_in_the_environment_is_not_used_for_this_machine(
     sim: Simulator, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

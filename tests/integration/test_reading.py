@@ -172,7 +172,7 @@ async def test_a_reader_that_is_not_read_is_bounded_and_misses_nothing(store: St
     for _ in range(30):
         await job.say(*["word "] * 100)
     await store.redis.ping()
-    assert len(reader._queue) <= 512  # noqa: SLF001 - the bound is what is tested
+    assert len(reader._queue) <= 512
     await job.finish()
     async for batch in reader:
         frames += batch

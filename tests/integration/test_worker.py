@@ -372,7 +372,7 @@ async def workers_are(producer: AsyncProducer, count: int) -> bool:
 async def test_no_corpse_is_left_by_a_worker_that_ended_well(
     write_config, store: Store, store_server: StoreServer
 ) -> None:
-    path, settings = write_config(QUICK + MODELS)
+    path, _ = write_config(QUICK + MODELS)
     with worker_process(path) as worker:
         worker_id = await worker.ready(store_server.url)
     assert not await store.redis.hexists(keys.WORKERS, worker_id)

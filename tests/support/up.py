@@ -38,6 +38,7 @@ def promptmill(
         input=given,
         capture_output=True,
         timeout=60,
+        check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 

@@ -37,10 +37,9 @@ class WorkerProcess:
         async def beats() -> bool:
             assert self.process.poll() is None, f"the worker ended:\n{self.log.read_text()}"
             rows, now_ms = await read_beats(store)
-            found[:] = [b.worker for b in rows if b.worker.startswith(f"{self.name}@") and b.state == "ready"]
-            mine = [w for w in found if f"-{self.pid}-" in w]
-            found[:] = mine
-            return bool(mine)
+            mine = (b for b in rows if b.worker.startswith(f"{self.name}@") and f"-{self.pid}-" in b.worker)
+            found[:] = [b.worker for b in mine if b.state == "ready" and b.fresh(now_ms)]
+            return bool(found)
 
         try:
             await wait_until(beats, f"worker {self.name} is ready", timeout_s=30)

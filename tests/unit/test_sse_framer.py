@@ -99,6 +99,44 @@ def test_bytes_that_come_one_by_one_give_the_same_events(stream: bytes) -> None:
     assert framed([bytes([byte]) for byte in stream]) == reference(stream)
 
 
+# Chunks as servers send them: whole events, which take the framer's fast path, and what may stand before one.
+CHUNKS = st.sampled_from(
+    [
+        b"data: one\n\n",
+        b"data: \n\n",
+        b"data: two\r\n\n",
+        b"data: a\rdata: b\n\n",
+        b"\ndata: three\n\n",
+        b"data: four\n\ndata: five\n\n",
+        b"event: x\ndata: six\n\n",
+        b"event: y\n",
+        b"id: 7\n",
+        b"data: part",
+        b"data: line\n",
+        b"x",
+        b"\n",
+        b"\r",
+        b"\r\n",
+        b"",
+        b"\xef\xbb",
+        b"\xbf",
+    ]
+)
+
+
+@given(st.lists(CHUNKS, max_size=12))
+@example([b"data: one\n\n"])
+@example([b"data: part", b"data: one\n\n"])
+@example([b"data: line\n", b"data: one\n\n"])
+@example([b"event: y\n", b"data: one\n\n", b"data: one\n\n"])
+@example([b"\xef\xbb", b"data: one\n\n"])
+@example([b"\r", b"\ndata: three\n\n"])
+@example([b"\n", b"data: a\rdata: b\n\n"])
+@example([b"\n", b"x", b"data: one\n\n"])
+def test_whole_events_in_chunks_of_their_own_are_no_different(chunks: list[bytes]) -> None:
+    assert framed(chunks) == reference(b"".join(chunks))
+
+
 TEXTS = st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\r\n")
     | st.sampled_from("\u2028\u2029\x85\x0b\x0c\x1c"),

@@ -29,8 +29,9 @@ from promptmill.heartbeat import ready_workers
 from promptmill.queues import queue_for
 from promptmill.reading import Hub
 from promptmill.routing import resolve
-from promptmill.settings import DEFAULT_TIMEOUTS, Settings, load_settings
+from promptmill.settings import DEFAULT_TIMEOUTS, Settings, default_data_dir, load_settings
 from promptmill.store import Store, Submission
+from promptmill.up.datadir import find_running_up
 
 if TYPE_CHECKING:
     from promptmill.enqueue import Enqueuer
@@ -84,7 +85,8 @@ class AsyncProducer:
             async for piece in job.stream():
                 ...
 
-    Without arguments the configuration is read as the command line reads it. Connections open at first use.
+    Without arguments the configuration is read as the command line reads it; where it names no store, that of the
+    ``promptmill up`` that runs on this machine is used. Connections open at first use.
     Where ``settings`` has no models (a web application without the workers' configuration), names of models are not
     checked here, and a job that names an unknown one fails as ``unknown_model``.
     """
@@ -92,7 +94,7 @@ class AsyncProducer:
     def __init__(
         self, settings: Settings | None = None, *, redis_url: str | None = None, store: Store | None = None
     ) -> None:
-        self.settings = settings or load_settings()
+        self.settings = settings or _found_settings()
         if redis_url is not None:
             self.settings = self.settings.model_copy(update={"redis_url": redis_url})
         self._store = store
@@ -321,6 +323,13 @@ class AsyncProducer:
         """Whether a job submitted now can be claimed: Redis answers and a worker's heartbeat is fresh."""
         workers = await ready_workers(await self.store())
         return Readiness(bool(workers), "ready" if workers else "no worker is ready to claim a job", workers)
+
+
+def _found_settings() -> Settings:
+    settings = load_settings()
+    if settings.redis_url is None and (running := find_running_up(settings.data_dir or default_data_dir())):
+        return settings.model_copy(update={"redis_url": running.redis_url})
+    return settings
 
 
 def _raise_for(job: Job) -> None:

@@ -125,7 +125,7 @@ for i = 4, #ARGV do
   local added = redis.pcall('XADD', log, 'NOMKSTREAM', id, 'e', ARGV[i])
   if type(added) == 'table' and added.err then
     -- An id that is there already was added, and published, by an earlier call whose reply was lost.
-    if not string.find(added.err, 'equal or smaller', 1, true) then return added end
+    if not string.find(tostring(added.err), 'equal or smaller', 1, true) then return added end
   elseif not added then
     return -2
   else

@@ -1,8 +1,12 @@
-"""Each transition of a job: once, repeated after a lost reply, and too late."""
+"""Each transition of a job: once, repeated after a lost reply, and too late; over every kind of store.
+
+What another store (a Redis Cluster, a newer Redis) must show is that it passes this file unchanged.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from datetime import timedelta
 
 import pytest
@@ -12,6 +16,16 @@ from promptmill.contract import Progress, Timeouts, parse_request
 from promptmill.errors import IdempotencyConflict, NotFound
 from promptmill.store import START, Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND, FENCED, GONE
+from tests.support.fake_store import fake_store
+
+
+@pytest.fixture(params=["valkey", "fakeredis"])
+async def store(request: pytest.FixtureRequest) -> AsyncGenerator[Store]:
+    """Each kind of store, connected."""
+    made = fake_store() if request.param == "fakeredis" else await Store.connect(request.getfixturevalue("redis_url"))
+    yield made
+    await made.aclose()
+
 
 STARTED = Progress(phase="started")
 TOKEN = b'{"type":"token","text":"x"}'

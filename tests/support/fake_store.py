@@ -1,0 +1,46 @@
+"""A store in this process's memory, for unit tests: fakeredis under the same scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import fakeredis
+from redis.exceptions import ResponseError
+
+from promptmill.store import Store
+
+
+class FakeWire:
+    """Raw replies from fakeredis, as :class:`promptmill.store.wire.Wire` gives them from a server."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+
+    async def call(self, *command: Any) -> Any:
+        reply = (await self.many([command]))[0]
+        if isinstance(reply, ResponseError):
+            raise reply
+        return reply
+
+    async def many(self, commands: Sequence[Any]) -> list[Any]:
+        replies: list[Any] = []
+        for command in commands:
+            try:
+                replies.append(await self._raw.execute_command(*command))
+            except ResponseError as err:
+                replies.append(err)
+        return replies
+
+    async def aclose(self) -> None:
+        await self._raw.aclose()
+
+
+def fake_store() -> Store:
+    """A store that nobody else sees."""
+    server = fakeredis.FakeServer()
+    store = Store(fakeredis.FakeAsyncRedis(server=server), "fakeredis")
+    raw = fakeredis.FakeAsyncRedis(server=server)
+    raw.response_callbacks.clear()  # replies as they come over the wire
+    store.wire = FakeWire(raw)  # type: ignore[assignment]
+    return store
