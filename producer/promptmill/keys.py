@@ -15,8 +15,8 @@ key                          type      written by                  read by      
 ``pm:sweep``                 string    sweep                       sweep                       2 sweeps
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
 ``pm:worker:W``              channel   cancel, requeue scripts     worker W                    -
-``pm:jobs``                  zset      submit                      list                        retention, renewed
-``pm:user:U:jobs``           zset      submit                      list                        retention, renewed
+``pm:jobs``                  zset      submit                      list                        30 days or more, renewed
+``pm:user:U:jobs``           zset      submit                      list                        30 days or more, renewed
 ``pm:idem:H``                string    submit                      submit                      life + retention
 ``pm:signing-key``           string    gateway, relay              gateway, relay              30 days, renewed
 ===========================  ========  ==========================  ==========================  =======================
@@ -43,6 +43,8 @@ SWEEP_LOCK: Final = "pm:sweep"
 SIGNING_KEY: Final = "pm:signing-key"
 
 INDEX_TTL: Final = timedelta(days=7)
+LIST_TTL: Final = timedelta(days=30)
+"""Entries of jobs that are gone are trimmed long before."""
 WORKERS_TTL: Final = timedelta(days=1)
 SIGNING_KEY_TTL: Final = timedelta(days=30)
 LOG_AFTER_END_TTL: Final = timedelta(seconds=60)

@@ -16,6 +16,7 @@ class FakeWire:
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
+        self._told: list[Sequence[Any]] = []
 
     async def call(self, *command: Any) -> Any:
         reply = (await self.many([command]))[0]
@@ -24,6 +25,9 @@ class FakeWire:
         return reply
 
     async def many(self, commands: Sequence[Any]) -> list[Any]:
+        told, self._told = self._told, []
+        for earlier in told:
+            await self.many(earlier)
         replies: list[Any] = []
         for command in commands:
             try:
@@ -31,6 +35,10 @@ class FakeWire:
             except ResponseError as err:
                 replies.append(err)
         return replies
+
+    def tell(self, commands: Sequence[Any]) -> None:
+        # In its place among the commands, as on a wire.
+        self._told.append(commands)
 
     async def aclose(self) -> None:
         await self._raw.aclose()

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Final
 
-from promptmill.contract import Usage
+from promptmill.contract import JobRequest, Usage
 from promptmill.errors import BackendError
 from promptmill_workers.backends.base import Backend, Call, Finished, TextDelta, UsageUpdate
 from promptmill_workers.deadlines import Deadlines
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.writer import Writer
+
+_BYTES_PER_TOKEN: Final = 4
+"""A common rule of thumb for English; only ever used where the provider counted nothing."""
+
+
+def estimated_usage(request: JobRequest, text: str) -> Usage:
+    """A guess for an attempt whose provider did not count, or died before it told; marked as such."""
+    asked = len((request.system or "").encode()) + sum(len(m.text.encode()) for m in request.messages)
+    return Usage(
+        input_tokens=-(-asked // _BYTES_PER_TOKEN),
+        output_tokens=-(-len(text.encode()) // _BYTES_PER_TOKEN),
+        estimated=True,
+    )
 
 
 @dataclass(slots=True)

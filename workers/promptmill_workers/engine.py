@@ -60,6 +60,7 @@ class Engine:
         engine.writer.start()
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id)
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
+        await asyncio.to_thread(engine.runner.backends.load, settings)
         await engine._beat()
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),

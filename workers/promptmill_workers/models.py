@@ -1,18 +1,34 @@
-"""The backends of this process, one per model of the registry, made when first needed."""
+"""The backends of this process, one per model of the registry."""
 
 from __future__ import annotations
 
+import logging
+
 from promptmill.errors import BackendError, ConfigError, MissingExtra
 from promptmill.routing import Route
+from promptmill.settings import Settings
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend
 
+logger = logging.getLogger(__name__)
+
 
 class Backends:
-    """Use from one event loop."""
+    """Use from one event loop, but for :meth:`load`."""
 
     def __init__(self) -> None:
         self._made: dict[str, Backend] = {}
+
+    def load(self, settings: Settings) -> None:
+        """Make every configured one. Blocks for seconds where a provider's SDK is imported: call it from a thread.
+
+        One that cannot be made is only logged: the other models work, and its jobs say why theirs does not.
+        """
+        for name, config in settings.registry.items():
+            try:
+                self.get(Route(name, config))
+            except BackendError as err:
+                logger.error("%s", err)  # noqa: TRY400 - the message says all, the trace nothing
 
     def get(self, route: Route) -> Backend:
         """The backend of a route.

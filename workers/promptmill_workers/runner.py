@@ -19,8 +19,7 @@ from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUn
 from promptmill.routing import Route, resolve
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
-from promptmill.store.connection import store_errors
-from promptmill_workers.attempt import Progressing, stream
+from promptmill_workers.attempt import Progressing, estimated_usage, stream
 from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
@@ -67,13 +66,13 @@ class Runner:
         self._writer = writer
         self._settings = settings
         self._worker_id = worker_id
-        self._backends = Backends()
+        self.backends = Backends()
         self.running: dict[str, RunningJob] = {}
         writer.on_fenced = self._on_fenced
 
     async def aclose(self) -> None:
         """Close the backends' connections."""
-        await self._backends.aclose()
+        await self.backends.aclose()
 
     def _on_fenced(self, log: JobLog) -> None:
         job = self.running.get(log.job_id)
@@ -109,39 +108,18 @@ class Runner:
             if self.running.get(job_id) is job:
                 del self.running[job_id]
         if job.stop_reason != "handback":
-            await self._forget(job_id)
+            self._store.forget_claim(job_id, self._worker_id)
 
     async def _claim(self, job_id: str, claim: str) -> Claimed | None:
-        store = self._store
-        with store_errors(store.address):
-            # Before the claim: a crash in between leaves an entry that settles to nothing.
-            await store.ask([("SADD", keys.claims(self._worker_id), job_id)])
-        claimed = await store.claim(job_id, claim, self._worker_id, Progress(phase="started"))
+        claimed = await self._store.claim(job_id, claim, self._worker_id, Progress(phase="started"))
         if not isinstance(claimed, str):
-            record = claimed.record
-            with store_errors(store.address):
-                await store.ask(
-                    [
-                        ("ZREM", keys.OUTBOX, job_id),
-                        ("HSET", keys.CLAIMED, record.head["queue"], record.st["queued"]),
-                        ("EXPIRE", keys.CLAIMED, int(keys.INDEX_TTL.total_seconds())),
-                    ]
-                )
             return claimed
         logger.debug("job %s not claimed: %s", job_id, claimed)
         if claimed == "expired":
-            await store.expire(job_id, keys.new_token())
+            await self._store.expire(job_id, keys.new_token())
         if job_id not in self.running:
-            await self._forget(job_id)
+            self._store.forget_claim(job_id, self._worker_id)
         return None
-
-    async def _forget(self, job_id: str) -> None:
-        """Take a job off this worker's set of claims. Left behind, an entry settles to nothing."""
-        try:
-            with store_errors(self._store.address):
-                await self._store.ask([("SREM", keys.claims(self._worker_id), job_id)])
-        except StoreUnavailable as err:
-            logger.debug("claim entry of %s stays: %s", job_id, err)
 
     async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
         """Repeat an idempotent act until the store answers: a job is not given up because Redis is away."""
@@ -169,7 +147,7 @@ class Runner:
             into, started = Progressing(), datetime.now(UTC)
             error: BackendError | None = None
             try:
-                backend = self._backends.get(route)
+                backend = self.backends.get(route)
                 timeouts = self._settings.timeouts_for(route.config, request.timeouts)
                 await stream(backend, Call(job.job_id, number, request, timeouts), job.log, self._writer, into)
             except BackendError as err:
@@ -178,6 +156,8 @@ class Runner:
                 # A backend's own bug must end its job, not leave it hanging until its time to live.
                 logger.exception("backend of model %r crashed", route.name)
                 error = BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
+            if into.usage is None and into.parts:
+                into.usage = estimated_usage(request, into.text)
             tries.append(_try(number, route, started, into, error))
             if error is None:
                 await self._succeed(job, into, route, tries, number)

@@ -19,7 +19,10 @@ class _Stored(BaseModel):
 
 
 class Usage(_Stored):
-    """Tokens that the provider counted. ``estimated`` marks our own guess where it counted none."""
+    """Tokens that the provider counted. ``estimated`` marks our own guess where it counted none.
+
+    ``input_tokens`` never includes those read from or written to a cache, whichever way the provider reports them.
+    """
 
     input_tokens: int = Field(default=0, ge=0)
     output_tokens: int = Field(default=0, ge=0)

@@ -5,6 +5,7 @@ All methods raise :class:`~promptmill.errors.StoreUnavailable` where Redis does 
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from promptmill.store.wire import Command, Wire
 
 LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
 _LOG_PAGE: Final = 500
+_COMMANDS_PER_SUBMIT: Final = 6
+_TRIM_CHANCE: Final = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,7 @@ class Store:
         event = Progress(phase="queued").to_json()
         score = time.time_ns() // 1000
         commands: list[Command] = []
+        trims: list[Command] = []
         for i, job in enumerate(jobs):
             job_id, life, keep = job.job_id, job.life_ms, job.retention_ms
             commands += [
@@ -179,14 +183,13 @@ class Store:
             for index in (keys.ALL_JOBS, keys.user_jobs(job.request.user)):
                 commands += [
                     ("ZADD", index, "NX", score + i, job_id),
-                    ("ZREMRANGEBYSCORE", index, "-inf", score - (life + keep) * 1000),
-                    # GT leaves a longer time alone; NX sets the first one.
-                    ("PEXPIRE", index, life + keep, "GT"),
-                    ("PEXPIRE", index, life + keep, "NX"),
+                    ("PEXPIRE", index, max(life + keep, _ms(keys.LIST_TTL))),
                 ]
+                if random.random() < _TRIM_CHANCE:  # noqa: S311 - spreads housekeeping, no secret
+                    trims.append(("ZREMRANGEBYSCORE", index, "-inf", score - (life + keep) * 1000))
         commands.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
-        replies = await self.ask(commands)
-        return [replies[i * 10 + 1][2] == b"queued" for i in range(len(jobs))]
+        replies = await self.ask(commands + trims)
+        return [replies[i * _COMMANDS_PER_SUBMIT + 1][2] == b"queued" for i in range(len(jobs))]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -241,18 +244,32 @@ class Store:
     # -- transitions --------------------------------------------------------------------------------------------
 
     async def claim(self, job_id: str, token: str, worker: str, event: Progress) -> Claimed | ClaimRefusal:
-        """Take a queued job: new epoch, state ``running``, one more attempt. Repeatable with the same token."""
-        reply = await self.run(scripts.CLAIM, job_id, token, worker, event.to_json())
+        """Take a queued job: new epoch, state ``running``, one more attempt. Repeatable with the same token.
+
+        The job joins the worker's set of claims before it is claimed: a crash in between leaves an entry that settles
+        to nothing. The outbox entry is taken off behind it, as a hint: the sweep does the same when it comes by.
+        """
+        with store_errors(self.address):
+            held = keys.claims(worker)
+            self.wire.tell([("SADD", held, job_id), ("PEXPIRE", held, _ms(keys.INDEX_TTL))])
+            reply = await self._run(scripts.CLAIM, job_id, (token, worker, event.to_json()))
         status = reply[0].decode()
         if status != "ok":
             return status
         head, request, st, tries = reply[2]
-        return Claimed(
-            epoch=int(reply[1]),
-            request=request,
-            record=Record(job_id, [head, st, tries, None]),
-            tries=orjson.loads(tries) if tries else [],
+        record = Record(job_id, [head, st, tries, None])
+        self.wire.tell(
+            [
+                ("ZREM", keys.OUTBOX, job_id),
+                ("HSET", keys.CLAIMED, record.head["queue"], record.st["queued"]),
+                ("EXPIRE", keys.CLAIMED, int(keys.INDEX_TTL.total_seconds())),
+            ]
         )
+        return Claimed(int(reply[1]), request, record, orjson.loads(tries) if tries else [])
+
+    def forget_claim(self, job_id: str, worker: str) -> None:
+        """Take a job off a worker's set of claims. A hint: left behind, an entry settles to nothing."""
+        self.wire.tell([("SREM", keys.claims(worker), job_id)])
 
     async def finish(
         self, job_id: str, claim: str, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]

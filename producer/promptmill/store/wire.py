@@ -52,6 +52,15 @@ class Wire:
             link = await self._connect()
         return await link.ask(commands)
 
+    def tell(self, commands: Sequence[Command]) -> None:
+        """Send without waiting and without learning what became of it: for hints that a sweep repairs.
+
+        Nothing is sent where there is no connection at the moment.
+        """
+        link = self._link
+        if link is not None and not link.broken:
+            link.tell(commands)
+
     async def _connect(self) -> _Link:
         async with self._connecting:
             if self._link is None or self._link.broken:
@@ -79,7 +88,7 @@ class Wire:
 class _Call:
     __slots__ = ("asked_at", "done", "left", "replies")
 
-    def __init__(self, left: int, done: asyncio.Future[list[Any]], asked_at: float) -> None:
+    def __init__(self, left: int, done: asyncio.Future[list[Any]] | None, asked_at: float) -> None:
         self.left = left
         self.done = done
         self.replies: list[Any] = []
@@ -103,10 +112,16 @@ class _Link:
         if not commands:
             return []
         done: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._put(commands, done)
+        return await done
+
+    def tell(self, commands: Sequence[Command]) -> None:
+        self._put(commands, None)
+
+    def _put(self, commands: Sequence[Command], done: asyncio.Future[list[Any]] | None) -> None:
         self._out += [_pack(c) for c in commands]
         self._waiting.append(_Call(len(commands), done, self._loop.time()))
         self._wake.set()
-        return await done
 
     async def _write(self) -> None:
         try:
@@ -133,7 +148,7 @@ class _Link:
                 call.left -= 1
                 if not call.left:
                     waiting.popleft()
-                    if not call.done.done():
+                    if call.done is not None and not call.done.done():
                         call.done.set_result(call.replies)
         except (RedisError, OSError, asyncio.IncompleteReadError) as err:
             self._break(err)
@@ -151,7 +166,7 @@ class _Link:
             task.cancel()
         while self._waiting:
             done = self._waiting.popleft().done
-            if not done.done():
+            if done is not None and not done.done():
                 done.set_exception(RedisConnectionError(str(err) or type(err).__name__))
 
     async def aclose(self) -> None:
