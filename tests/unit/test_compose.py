@@ -126,7 +126,9 @@ def test_the_image_copies_what_exists_and_its_context_admits_it() -> None:
     sources = {source for args in copied for source in args[:-1]}
     assert sources == admitted
     assert all((ROOT / source).exists() for source in sources)
-    packages = {path.split("/")[0] for path in re.findall(r'"(\w+/promptmill\w*)"', (ROOT / "pyproject.toml").read_text())}
+    packages = {
+        path.split("/")[0] for path in re.findall(r'"(\w+/promptmill\w*)"', (ROOT / "pyproject.toml").read_text())
+    }
     assert packages <= sources
 
 

@@ -98,12 +98,19 @@ class Store:
         with store_errors(self.address):
             return await self._run(script, job_id, args)
 
-    async def _run(self, script: scripts.Script, job_id: str, args: Sequence[bytes | str | float]) -> Any:
-        job_keys = (keys.record(job_id), keys.log(job_id), keys.channel(job_id))
+    async def _run(
+        self,
+        script: scripts.Script,
+        job_id: str,
+        args: Sequence[bytes | str | float],
+        *,
+        before: Sequence[Command] = (),
+    ) -> Any:
+        rest = (3, keys.record(job_id), keys.log(job_id), keys.channel(job_id), *args)
         try:
-            return await self.wire.call("EVALSHA", script.sha, 3, *job_keys, *args)
+            return (await self.ask([*before, ("EVALSHA", script.sha, *rest)]))[-1]
         except NoScriptError:
-            return await self.wire.call("EVAL", script.source, 3, *job_keys, *args)
+            return await self.wire.call("EVAL", script.source, *rest)
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
         """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused."""
@@ -251,8 +258,8 @@ class Store:
         """
         with store_errors(self.address):
             held = keys.claims(worker)
-            self.wire.tell([("SADD", held, job_id), ("PEXPIRE", held, _ms(keys.INDEX_TTL))])
-            reply = await self._run(scripts.CLAIM, job_id, (token, worker, event.to_json()))
+            join: list[Command] = [("SADD", held, job_id), ("PEXPIRE", held, _ms(keys.INDEX_TTL))]
+            reply = await self._run(scripts.CLAIM, job_id, (token, worker, event.to_json()), before=join)
         status = reply[0].decode()
         if status != "ok":
             return status
