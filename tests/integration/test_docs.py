@@ -76,6 +76,7 @@ def run(block: Block, up: Up) -> str:
         stderr=subprocess.STDOUT,
         text=True,
         timeout=60,
+        check=False,
     )
     assert done.returncode == 0, f"{block.place}\n{done.stdout}\n{up.err}"
     return done.stdout

@@ -15,6 +15,8 @@ import pytest
 import redis
 import typer
 import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from promptmill.cli.app import app
 from promptmill.settings import Settings, load_settings
@@ -51,6 +53,7 @@ def can_claim(config: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=30,
+        check=False,
     )
 
 
@@ -80,8 +83,8 @@ def test_the_values_of_the_settings_are_valid(monkeypatch: pytest.MonkeyPatch) -
     for name in OURS:
         with monkeypatch.context() as patch:
             for variable, value in SERVICES[name]["environment"].items():
-                value = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
-                patch.setenv(variable, re.sub(r"\$\{\w+:\?[^}]*\}", "secret", value))
+                filled = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
+                patch.setenv(variable, re.sub(r"\$\{\w+:\?[^}]*\}", "secret", filled))
             patch.setenv("PROMPTMILL_CONFIG", str(ROOT / "ops" / "promptmill.toml"))
             settings = load_settings()
         assert settings.redis_url == "redis://:secret@redis:6379/0"
@@ -199,7 +202,7 @@ def test_the_store_starts_with_its_configuration_and_its_password(tmp_path: Path
         [shell, options, script], env=environment(tmp_path, REDIS_PASSWORD="pass123"), stdout=subprocess.DEVNULL
     )
     try:
-        with redis.Redis(port=port, password="pass123", retry_on_error=[redis.ConnectionError]) as client:
+        with redis.Redis(port=port, password="pass123", retry=Retry(NoBackoff(), 0)) as client:
             while True:
                 assert server.poll() is None
                 try:

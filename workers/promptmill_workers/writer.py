@@ -1,8 +1,8 @@
 """The one writer of a process: carries every job's events to the store in shared writes.
 
 One write is one pipeline of one script call a job; the next begins when the last has returned. Idle, nothing waits.
-Busy, a write waits a moment in proportion to how much the last one carried, up to 30 ms, so there are fewer and larger
-ones; a job that no one reads may wait up to 250 ms.
+Busy, rounds of writes begin at a distance in proportion to how many jobs the last one carried, up to 30 ms, so there are
+fewer and larger ones; a job that no one reads may wait up to 250 ms.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _PAUSE_PER_JOB_S: Final = 0.0005
 _PAUSE_MAX_S: Final = 0.030
 _QUIET_PAUSE_S: Final = 0.250
-_JOBS_PER_WRITE: Final = 500
+_JOBS_PER_WRITE: Final = 64
 _BACKOFF_MAX_S: Final = 1.0
 
 _EVALSHA: Final = b"EVALSHA"
@@ -112,6 +112,7 @@ class Writer:
 
     async def _run(self) -> None:
         backoff = 0.05
+        clock = asyncio.get_running_loop().time
         while True:
             if not self._dirty and self._verified.is_set():
                 self._wake.clear()
@@ -119,7 +120,12 @@ class Writer:
             try:
                 if not self._verified.is_set():
                     await self._rewind_all()
-                carried = await self._write()
+                began, carried, due = clock(), 0, len(self._dirty)
+                while due > 0:
+                    # In parts, so that the first are published while the last are still being packed.
+                    part = min(due, _JOBS_PER_WRITE)
+                    carried += await self._write(part)
+                    due -= part
                 backoff = 0.05
             except (RedisError, OSError, asyncio.IncompleteReadError) as err:
                 logger.warning("events wait, the store does not answer: %s", err or type(err).__name__)
@@ -128,13 +134,13 @@ class Writer:
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads retries, no secret
                 backoff = min(backoff * 2, _BACKOFF_MAX_S)
                 continue
-            pause = min(carried * _PAUSE_PER_JOB_S, _PAUSE_MAX_S)
-            if pause:
+            pause = began + min(carried * _PAUSE_PER_JOB_S, _PAUSE_MAX_S) - clock()
+            if pause > 0:
                 await asyncio.sleep(pause)
 
-    async def _write(self) -> int:
-        """One write of what is due; answers how many jobs it carried. Logs stay dirty where it fails."""
-        batch = self._dirty[:_JOBS_PER_WRITE]
+    async def _write(self, count: int) -> int:
+        """Write the first ``count`` dirty logs; answers how many had something. They stay dirty where it fails."""
+        batch = self._dirty[:count]
         commands: list[Command] = []
         carried: list[tuple[JobLog, int]] = []
         for log in batch:
