@@ -25,6 +25,7 @@ import uvicorn
 import uvloop
 
 from promptmill.settings import Settings, listen_fd
+from promptmill.tuning import tune_interpreter
 from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
 from promptmill_relay.protocol import BoundedHttpProtocol
@@ -36,8 +37,6 @@ GRACE_S: Final = 5
 HARD_S: Final = 12.0
 _CUT_AFTER_S: Final = GRACE_S - 1.0
 # Longer than the usual 60 s of a proxy, so that it is the proxy that closes and no request meets a closing socket.
-_SWITCH_S: Final = 0.0005
-"""The thread that sends messages gives the interpreter back this often; every token would wait for the default 5 ms."""
 _KEEP_ALIVE_S: Final = 75
 # A peer that vanished without a word, or that reads nothing at all, is dropped by the kernel after this time.
 _PEER_TIMEOUT_MS: Final = 120_000
@@ -67,7 +66,6 @@ def run(name: str, settings: Settings, open_service: OpenService) -> None:
     """
     _raise_file_limit()
     sock = listening_socket(settings)
-    sys.setswitchinterval(_SWITCH_S)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(name, settings, sock, open_service))
@@ -77,6 +75,7 @@ def run(name: str, settings: Settings, open_service: OpenService) -> None:
 
 async def _serve(name: str, settings: Settings, sock: socket.socket, open_service: OpenService) -> None:
     async with open_service(settings) as service:
+        tune_interpreter()
         server = StreamServer(service)
         for task in service.background:
             task.add_done_callback(lambda _: server.stop())

@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl
 
 from promptmill.errors import BadRequest, NotFound, Overloaded, PromptmillError, StoreUnavailable
 from promptmill.keys import check_job_id
+from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
 from promptmill_relay import sse
 from promptmill_relay.auth import Access
@@ -198,7 +199,10 @@ class StreamEndpoint:
                 if self._stopping:
                     stream.end()
                 async for frames in reader if checked else _own(reader, user):
-                    await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": True})
+                    over = bool(frames) and frames[-1][1] in END_TYPES
+                    await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": not over})
+                    if over:
+                        return
         except PromptmillError as err:
             logger.warning("a stream ends early: %s", err)
             farewell = sse.comment("interrupted: reconnect")

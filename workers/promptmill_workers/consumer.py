@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from celery import signals
 from celery.worker import WorkController
+from celery.worker.request import Request
 from kombu.entity import Queue
 
 from promptmill.enqueue import make_app
@@ -25,6 +26,12 @@ from promptmill_workers.engine import Engine
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S: Final = 5.0
+
+
+class _Hint(Request):
+    """A message that nobody waits to hear of: kombu would still ask Redis to forget what it never noted."""
+
+    acknowledged = True
 
 
 class Consumer:
@@ -64,7 +71,7 @@ class Consumer:
             broker_connection_max_retries=None,
         )
 
-        @app.task(name=TASK_NAME, bind=True, ignore_result=True)
+        @app.task(name=TASK_NAME, bind=True, ignore_result=True, Request=_Hint if unacknowledged else Request)
         def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
             delivery: dict[str, Any] = task.request.delivery_info or {}
             engine.serve(job_id, delivery.get("routing_key") or QUEUES[0])

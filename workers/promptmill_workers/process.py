@@ -18,6 +18,7 @@ import uvloop
 
 from promptmill.lifeline import watch_lifeline
 from promptmill.settings import Settings
+from promptmill.tuning import tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
 
@@ -28,8 +29,6 @@ EXIT_CONSUMER: Final = 7
 """Celery gave up: the supervisor starts a new process."""
 
 _WATCH_S: Final = 1.0
-_SWITCH_S: Final = 0.0005
-"""Celery's thread gives the interpreter back this often; the default of 5 ms is what every token would wait for it."""
 _ONE_WISH_S: Final = 0.2
 
 
@@ -42,7 +41,6 @@ def run_worker(settings: Settings, name: str) -> int:
         Redis is not there or not usable at the start.
     """
     watch_lifeline()
-    sys.setswitchinterval(_SWITCH_S)
     if settings.log_level != "debug":
         # Two lines a job would cost more than carrying its tokens.
         for noisy in ("celery.worker.strategy", "celery.app.trace"):
@@ -62,6 +60,7 @@ async def _main(settings: Settings, name: str) -> int:
         loop.add_signal_handler(number, terms.put_nowait, number)
     engine = await Engine.start(settings, name)
     consumer = Consumer(engine, settings, lambda: _call_soon(loop, engine))
+    tune_interpreter()
     consumer.start()
     logger.info("worker %s started, concurrency %d", engine.worker_id, settings.concurrency)
     code = await _until_stopped(consumer, terms)

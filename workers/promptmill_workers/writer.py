@@ -1,7 +1,7 @@
 """The one writer of a process: carries every job's events to the store in shared writes.
 
 One write is one pipeline of one script call a job; the next begins when the last has returned. Idle, nothing waits.
-Busy, rounds of writes begin at a distance in proportion to how many jobs the last one carried, up to 30 ms, so there are
+Busy, rounds of writes begin at a distance in proportion to how many jobs the last one carried, up to 25 ms, so there are
 fewer and larger ones; a job that no one reads may wait up to 250 ms.
 """
 
@@ -14,16 +14,17 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from promptmill.store.link import Command
 from promptmill.store.scripts import APPEND, FENCED, GONE
-from promptmill.store.wire import Command, Wire
+from promptmill.store.wire import Wire
 from promptmill_workers.joblog import JobLog
 
 logger = logging.getLogger(__name__)
 
 _PAUSE_PER_JOB_S: Final = 0.0005
-_PAUSE_MAX_S: Final = 0.030
+_PAUSE_MAX_S: Final = 0.025
 _QUIET_PAUSE_S: Final = 0.250
-_JOBS_PER_WRITE: Final = 64
+_JOBS_PER_WRITE: Final = 500
 _BACKOFF_MAX_S: Final = 1.0
 
 _EVALSHA: Final = b"EVALSHA"
@@ -120,12 +121,8 @@ class Writer:
             try:
                 if not self._verified.is_set():
                     await self._rewind_all()
-                began, carried, due = clock(), 0, len(self._dirty)
-                while due > 0:
-                    # In parts, so that the first are published while the last are still being packed.
-                    part = min(due, _JOBS_PER_WRITE)
-                    carried += await self._write(part)
-                    due -= part
+                began = clock()
+                carried = await self._write()
                 backoff = 0.05
             except (RedisError, OSError, asyncio.IncompleteReadError) as err:
                 logger.warning("events wait, the store does not answer: %s", err or type(err).__name__)
@@ -138,9 +135,9 @@ class Writer:
             if pause > 0:
                 await asyncio.sleep(pause)
 
-    async def _write(self, count: int) -> int:
-        """Write the first ``count`` dirty logs; answers how many had something. They stay dirty where it fails."""
-        batch = self._dirty[:count]
+    async def _write(self) -> int:
+        """Write what is due; answers how many jobs had something. Logs stay dirty where it fails."""
+        batch = self._dirty[:_JOBS_PER_WRITE]
         commands: list[Command] = []
         carried: list[tuple[JobLog, int]] = []
         for log in batch:

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from redis.asyncio import Connection
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
 from promptmill.store import EventId, Store
+from promptmill.store.link import Link
 
 if TYPE_CHECKING:
     from promptmill.reading.reader import Reader
@@ -26,8 +28,12 @@ logger = logging.getLogger(__name__)
 
 _PING_EVERY_S: Final = 10.0
 _SILENCE_MAX_S: Final = 25.0
-_ACK_TIMEOUT_S: Final = 10.0
 _BACKOFF_MAX_S: Final = 2.0
+
+
+def _tell(lost: asyncio.Future[Exception]) -> Callable[[Exception], None]:
+    # When the hub closes, nobody waits for the loss any more.
+    return lambda err: None if lost.done() else lost.set_result(err)
 
 
 class Channel:
@@ -53,7 +59,7 @@ class Hub:
         self.store = store
         self.keepalive_s = keepalive_s
         self._channels: dict[bytes, Channel] = {}
-        self._connection: Connection | None = None
+        self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_at = 0.0
         self._closed = False
@@ -132,74 +138,56 @@ class Hub:
             del self._channels[channel.name]
             self._send(b"UNSUBSCRIBE", channel.name)
 
-    def _send(self, *args: bytes) -> None:
-        connection = self._connection
-        if connection is None or not connection.is_connected:
-            return  # the next connection subscribes to everything
-        task = asyncio.ensure_future(connection.send_command(*args))
-        task.add_done_callback(self._sent)
-
-    def _sent(self, task: asyncio.Future[Any]) -> None:
-        if not task.cancelled() and task.exception() is not None:
-            logger.debug("subscription write failed: %s", task.exception())
-            self._cut()
-
-    def _cut(self) -> None:
-        """Make the reading side notice that the connection is of no use any more."""
-        connection = self._connection
-        if connection is not None:
-            self._connection = None
-            task = asyncio.ensure_future(connection.disconnect(nowait=True))
-            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    def _send(self, *command: bytes) -> None:
+        # Without a link nothing is lost: the next one subscribes to everything.
+        if self._link is not None:
+            self._link.send([command])
 
     # -- the connection -----------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         backoff = 0.05
         while not self._closed:
-            connection: Connection = self.store.redis.connection_pool.make_connection()  # pyright: ignore[reportUnknownMemberType]
-            # Waiting for the next message is not a failure; dead peers are found by our own pings.
-            connection.socket_timeout = None
+            lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
             try:
-                async with asyncio.timeout(_ACK_TIMEOUT_S):
-                    await connection.connect()
-                await self._resubscribe(connection)
-                backoff = 0.05
-                await self._receive(connection)
-            except (RedisError, OSError, TimeoutError, asyncio.IncompleteReadError) as err:
-                logger.warning("pub/sub connection lost: %s", err or type(err).__name__)
+                link = await Link.connect(self.store.redis, self._received, _tell(lost))
+            except (RedisError, OSError) as err:
+                logger.warning("pub/sub connection not made: %s", err or type(err).__name__)
+                await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
+                backoff = min(backoff * 2, _BACKOFF_MAX_S)
+                continue
+            backoff = 0.05
+            try:
+                self._resubscribe(link)
+                logger.warning("pub/sub connection lost: %s", await lost)
             finally:
-                self._connection = None
+                self._link = None
                 for channel in self._channels.values():
                     channel.acked.clear()
-                await connection.disconnect(nowait=True)
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
-            backoff = min(backoff * 2, _BACKOFF_MAX_S)
+                await link.aclose()
 
-    async def _resubscribe(self, connection: Connection) -> None:
+    def _resubscribe(self, link: Link) -> None:
         self._heard_at = asyncio.get_running_loop().time()
-        self._connection = connection
-        names = [name for name, channel in self._channels.items() if channel.readers]
+        self._link = link
         for name in [n for n, c in self._channels.items() if not c.readers]:
             del self._channels[name]
-        for start in range(0, len(names), 1000):
-            await connection.send_command(b"SUBSCRIBE", *names[start : start + 1000])
+        names = list(self._channels)
+        link.send([(b"SUBSCRIBE", *names[i : i + 1000]) for i in range(0, len(names), 1000)])
 
-    async def _receive(self, connection: Connection) -> None:
-        loop = asyncio.get_running_loop()
-        channels = self._channels
-        receive: Any = connection.read_response
-        while True:
-            message: Any = await receive(disable_decoding=True)
-            self._heard_at = loop.time()
-            kind = message[0]
-            if kind == b"message":
-                channel = channels.get(message[1])
-                if channel is not None:
-                    for reader in channel.readers:
-                        reader.offer(message[2])
-            elif kind == b"subscribe":
-                self._acknowledged(message[1])
+    def _received(self, message: Any) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+        if not isinstance(message, list):
+            if self._link is not None:
+                self._link.fail(RedisConnectionError(f"unexpected on the pub/sub connection: {message}"))
+            return
+        parts = cast("list[bytes]", message)
+        if parts[0] == b"message":
+            channel = self._channels.get(parts[1])
+            if channel is not None:
+                for reader in channel.readers:
+                    reader.offer(parts[2])
+        elif parts[0] == b"subscribe":
+            self._acknowledged(parts[1])
 
     def _acknowledged(self, name: bytes) -> None:
         channel = self._channels.get(name)
@@ -224,9 +212,9 @@ class Hub:
                 for reader in channel.readers:
                     if reader.spoke_at <= due:
                         reader.keepalive()
-            if self._connection is not None:
+            if self._link is not None:
                 if now - self._heard_at > _SILENCE_MAX_S:
-                    self._cut()
+                    self._link.fail(RedisConnectionError(f"silent for {_SILENCE_MAX_S:g} s"))
                 elif now - max(self._heard_at, pinged_at) > _PING_EVERY_S:
                     pinged_at = now
                     self._send(b"PING")

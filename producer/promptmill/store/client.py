@@ -22,7 +22,8 @@ from promptmill.store import scripts
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 from promptmill.store.head import FIELDS, Record, pack_head, record_ttl_ms
 from promptmill.store.ids import EventId
-from promptmill.store.wire import Command, Wire
+from promptmill.store.link import Command
+from promptmill.store.wire import Wire
 
 LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
 _LOG_PAGE: Final = 500

@@ -1,8 +1,8 @@
-"""One connection shared by every caller of an event loop: what is asked in the same moment travels in one write.
+"""One connection shared by every caller of an event loop.
 
-redis-py gives each concurrent call a connection and a write of its own; on the token path and around each job that
-costs several times what the commands themselves cost. Replies come back in the order of the commands, so no caller
-waits for another's work, only for the server's.
+redis-py gives each concurrent call a connection and a write of its own. Here commands go out in the order in which they
+were asked, all of one turn of the event loop together, and replies come back in the same order: no caller waits for
+another's work, only for the server's.
 """
 
 from __future__ import annotations
@@ -12,25 +12,22 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-import hiredis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
-from promptmill.store.connection import COMMAND_TIMEOUT_S, CONNECT_TIMEOUT_S
+from promptmill.store.connection import COMMAND_TIMEOUT_S
+from promptmill.store.link import Command, Link
 
 _LOOK_S: Final = 1.0
-_pack: Any = getattr(hiredis, "pack_command")  # noqa: B009 - its stub names a tuple of one
-
-Command = tuple[bytes | str | int | float, ...]
 
 
 class Wire:
     """Connects at the first call and again at the first call after a failure. Never repeats a command by itself."""
 
     def __init__(self, redis: Any) -> None:
-        self._pool = redis.connection_pool
-        self._link: _Link | None = None
-        self._connecting: asyncio.Lock = asyncio.Lock()
+        self._redis = redis
+        self._queue: _Queue | None = None
+        self._connecting = asyncio.Lock()
 
     async def call(self, *command: bytes | str | int | float) -> Any:
         """One reply. Raises ``ResponseError`` for an error reply, and what :meth:`many` raises."""
@@ -47,42 +44,33 @@ class Wire:
         Raises redis-py's ``ConnectionError`` or an ``OSError`` for a connection that fails, or that stays silent for
         10 s; whether the commands took effect is then unknown.
         """
-        link = self._link
-        if link is None or link.broken:
-            link = await self._connect()
-        return await link.ask(commands)
+        queue = self._queue
+        if queue is None or not queue.open:
+            queue = await self._connect()
+        if not commands:
+            return []
+        return await queue.ask(commands)
 
     def tell(self, commands: Sequence[Command]) -> None:
         """Send without waiting and without learning what became of it: for hints that a sweep repairs.
 
         Nothing is sent where there is no connection at the moment.
         """
-        link = self._link
-        if link is not None and not link.broken:
-            link.tell(commands)
+        if self._queue is not None and self._queue.open:
+            self._queue.put(commands, None)
 
-    async def _connect(self) -> _Link:
+    async def _connect(self) -> _Queue:
         async with self._connecting:
-            if self._link is None or self._link.broken:
-                if self._link is not None:
-                    await self._link.aclose()
-                connection = self._pool.make_connection()
-                # The link watches the age of the oldest unanswered command instead of bounding each read.
-                connection.socket_timeout = None
-                try:
-                    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                        await connection.connect()
-                except BaseException:
-                    await connection.disconnect(nowait=True)
-                    raise
-                self._link = _Link(connection)
-            return self._link
+            if self._queue is None or not self._queue.open:
+                await self.aclose()
+                self._queue = await _Queue.start(self._redis)
+            return self._queue
 
     async def aclose(self) -> None:
         """Close the connection; calls that wait fail. Safe to repeat."""
-        link, self._link = self._link, None
-        if link is not None:
-            await link.aclose()
+        queue, self._queue = self._queue, None
+        if queue is not None:
+            await queue.link.aclose()
 
 
 class _Call:
@@ -95,82 +83,58 @@ class _Call:
         self.asked_at = asked_at
 
 
-class _Link:
-    """One connection's life: a task that writes, a task that reads, and the calls in between."""
+class _Queue:
+    """The calls that wait for replies of one link."""
 
-    def __init__(self, connection: Any) -> None:
-        self.broken = False
-        self._connection = connection
+    link: Link
+
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._out: list[bytes] = []
         self._waiting: deque[_Call] = deque()
-        self._wake = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
         self._timer = self._loop.call_later(_LOOK_S, self._look)
+
+    @classmethod
+    async def start(cls, redis: Any) -> _Queue:
+        queue = cls()
+        try:
+            queue.link = await Link.connect(redis, queue._replied, queue._lost)
+        except BaseException:
+            queue._timer.cancel()
+            raise
+        return queue
+
+    @property
+    def open(self) -> bool:
+        return self.link.open
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        if not commands:
-            return []
         done: asyncio.Future[list[Any]] = self._loop.create_future()
-        self._put(commands, done)
+        self.put(commands, done)
         return await done
 
-    def tell(self, commands: Sequence[Command]) -> None:
-        self._put(commands, None)
-
-    def _put(self, commands: Sequence[Command], done: asyncio.Future[list[Any]] | None) -> None:
-        self._out += [_pack(c) for c in commands]
+    def put(self, commands: Sequence[Command], done: asyncio.Future[list[Any]] | None) -> None:
         self._waiting.append(_Call(len(commands), done, self._loop.time()))
-        self._wake.set()
+        self.link.send(commands, urgent=done is not None)
 
-    async def _write(self) -> None:
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                data = b"".join(self._out)
-                self._out.clear()
-                await self._connection.send_packed_command(data, check_health=False)
-        except (RedisError, OSError) as err:
-            self._break(err)
-
-    async def _read(self) -> None:
-        receive = self._connection.read_response
-        waiting = self._waiting
-        try:
-            while True:
-                try:
-                    reply = await receive(disable_decoding=True)
-                except ResponseError as err:
-                    reply = err
-                call = waiting[0]
-                call.replies.append(reply)
-                call.left -= 1
-                if not call.left:
-                    waiting.popleft()
-                    if call.done is not None and not call.done.done():
-                        call.done.set_result(call.replies)
-        except (RedisError, OSError, asyncio.IncompleteReadError) as err:
-            self._break(err)
+    def _replied(self, reply: Any) -> None:
+        call = self._waiting[0]
+        call.replies.append(reply)
+        call.left -= 1
+        if not call.left:
+            self._waiting.popleft()
+            if call.done is not None and not call.done.done():
+                call.done.set_result(call.replies)
 
     def _look(self) -> None:
+        """A server that is silent for too long: the age of the oldest call tells, instead of a timer for each."""
         self._timer = self._loop.call_later(_LOOK_S, self._look)
         if self._waiting and self._loop.time() - self._waiting[0].asked_at > COMMAND_TIMEOUT_S:
-            self._break(RedisConnectionError(f"no answer within {COMMAND_TIMEOUT_S:g} s"))
+            self.link.fail(RedisConnectionError(f"no answer within {COMMAND_TIMEOUT_S:g} s"))
 
-    def _break(self, err: BaseException) -> None:
-        """Replies of this connection can no longer be told apart: every caller learns of it, none is repeated."""
-        self.broken = True
+    def _lost(self, err: Exception) -> None:
+        """Every caller learns of it; none is repeated here, for only the caller knows whether that makes sense."""
         self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
         while self._waiting:
             done = self._waiting.popleft().done
             if done is not None and not done.done():
-                done.set_exception(RedisConnectionError(str(err) or type(err).__name__))
-
-    async def aclose(self) -> None:
-        if not self.broken:
-            self._break(RedisConnectionError("the connection was closed"))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.disconnect(nowait=True)
+                done.set_exception(RedisConnectionError(str(err)))
