@@ -20,6 +20,7 @@ from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.store.connection import store_errors
 from promptmill.watch import Watcher
+from promptmill_workers.pace import Pace
 from promptmill_workers.runner import Runner
 from promptmill_workers.writer import Writer
 
@@ -47,6 +48,7 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[Any]] = []
         self._count = 0
+        self._pace = Pace()
         self._beaten_at = 0.0
 
     @classmethod
@@ -87,6 +89,7 @@ class Engine:
             await self.enqueuer.send([(job_id, queue)])
             return
         await self._alive()
+        await self._pace.turn()
         await self.runner.run(job_id)
 
     async def _alive(self) -> None:

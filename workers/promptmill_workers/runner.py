@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeVar
 
 from promptmill import keys
-from promptmill.contract import Attempt, Done, Error, ErrorInfo, JobRequest, Progress
+from promptmill.contract import Done, Error, ErrorInfo, JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
 from promptmill.routing import Route, resolve
 from promptmill.settings import Settings
@@ -237,17 +237,17 @@ class Runner:
 
 
 def _try(number: int, route: Route, started: datetime, into: Progressing, error: BackendError | None) -> dict[str, Any]:
-    attempt = Attempt(
-        attempt=number,
-        model=route.name,
-        backend=route.config.type,
-        outcome=error.code if error else "succeeded",
-        message=error.message[:_MESSAGE_MAX_CHARS] if error else None,
-        started_at=started,
-        finished_at=datetime.now(UTC),
-        usage=into.usage,
-        provider_request_id=error.provider_request_id
-        if error
-        else (into.finished.provider_request_id if into.finished else None),
-    )
-    return attempt.model_dump(mode="json", exclude_none=True)
+    """What :class:`~promptmill.contract.Attempt` reads; built by hand because this runs for every job."""
+    request_id = error.provider_request_id if error else into.finished and into.finished.provider_request_id
+    fields = {
+        "attempt": number,
+        "model": route.name,
+        "backend": route.config.type,
+        "outcome": error.code if error else "succeeded",
+        "message": error.message[:_MESSAGE_MAX_CHARS] if error else None,
+        "started_at": started.isoformat(),
+        "finished_at": datetime.now(UTC).isoformat(),
+        "usage": into.usage.model_dump() if into.usage else None,
+        "provider_request_id": request_id,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

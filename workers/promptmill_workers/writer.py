@@ -1,8 +1,8 @@
 """The one writer of a process: carries every job's events to the store in shared writes.
 
 One write is one pipeline of one script call a job; the next begins when the last has returned. Idle, nothing waits.
-Busy, rounds of writes begin at a distance in proportion to how many jobs the last one carried, up to 25 ms, so there are
-fewer and larger ones; a job that no one reads may wait up to 250 ms.
+Busy, rounds of writes begin at a distance in proportion to how many jobs the last one carried, up to 25 ms, so there
+are fewer and larger ones; a job that no one reads may wait up to 250 ms.
 """
 
 from __future__ import annotations

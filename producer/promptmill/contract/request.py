@@ -128,6 +128,8 @@ class Timeouts(_Strict):
 
     def over(self, defaults: Timeouts) -> Timeouts:
         """These bounds, with ``defaults`` where one is not set."""
+        if not self.model_fields_set:
+            return defaults
         return Timeouts(**{**defaults.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
 
 

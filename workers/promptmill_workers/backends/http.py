@@ -84,14 +84,13 @@ def no_cookies() -> CookieJar:
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
 
 
-def open_client(url: str, headers: dict[str, str] | None = None) -> httpx.AsyncClient:
-    """A client for requests to ``url``'s host. Call it in the event loop that will use it; close it there."""
+def open_transport(url: str) -> httpx.AsyncBaseTransport:
+    """A pool for requests to ``url``'s host. Call it in the event loop that will use it; close it there."""
     context = ssl_context_for(url)
     proxy = proxy_for(url)
-    transport = AiohttpTransport(
+    return AiohttpTransport(
         verify=context, client=lambda: open_session(context), proxy=httpx.Proxy(proxy) if proxy else None
     )
-    return httpx.AsyncClient(transport=transport, headers=headers, cookies=no_cookies(), trust_env=False)
 
 
 def timeouts(connect_s: float | None) -> httpx.Timeout:

@@ -36,6 +36,15 @@ _PATHS: Final = {"openai": "/chat/completions", "openwebui": "/api/chat/completi
 _SERVERS_OWN: Final = frozenset({"model", "messages", "stream"})
 
 
+_HEADERS: Final = {
+    "accept": "text/event-stream, application/json",
+    # Compressed streams cost more than they save, and some servers hold tokens back to fill a block.
+    "accept-encoding": "identity",
+    "content-type": "application/json",
+    "user-agent": "promptmill",
+}
+
+
 class LocalOpenAIOptions(Options):
     """``options`` of a ``local_openai`` model."""
 
@@ -64,10 +73,10 @@ class LocalOpenAI:
             raise ConfigError(f"models.{name}: local_openai needs api_url and model_name", field=f"models.{name}")
         parts = urlsplit(config.api_url)
         path = parts.path.rstrip("/") + _PATHS[config.host_type]
-        self._url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+        self._url = httpx.URL(urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")))
         self._address = parts.netloc.rpartition("@")[2]
-        http.ssl_context_for(self._url)  # read now: the first call must not stop the event loop for it
-        self._client: httpx.AsyncClient | None = None
+        http.ssl_context_for(str(self._url))  # read now: the first call must not stop the event loop for it
+        self._transport: httpx.AsyncBaseTransport | None = None
 
     async def complete(self, call: Call) -> AsyncGenerator[Item, None]:
         """See :class:`~promptmill_workers.backends.base.Backend`."""
@@ -81,30 +90,30 @@ class LocalOpenAI:
 
     async def aclose(self) -> None:
         """Close every connection."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.aclose()
 
     @asynccontextmanager
     async def _answer(self, call: Call, secret: str | None) -> AsyncGenerator[httpx.Response]:
         """The answer with status 200, its body unread; anything else is raised. Closed on the way out."""
-        headers = {"accept": "text/event-stream, application/json", "content-type": "application/json"}
+        headers = dict(_HEADERS)
         if secret:
             headers["authorization"] = f"Bearer {secret}"
         for header, variable in self._options.headers_env.items():
             headers[header] = self._header(variable)
-        if self._client is None:
-            # Compressed streams cost more than they save, and some servers hold tokens back to fill a block.
-            self._client = http.open_client(self._url, {"accept-encoding": "identity"})
-        request = self._client.build_request(
+        if self._transport is None:
+            self._transport = http.open_transport(str(self._url))
+        request = httpx.Request(
             "POST",
             self._url,
             content=orjson.dumps(self._body(call.request)),
             headers=headers,
-            timeout=http.timeouts(call.timeouts.connect_s),
+            extensions={"timeout": http.timeouts(call.timeouts.connect_s).as_dict()},
         )
         try:
-            response = await self._client.send(request, stream=True)
+            # Below httpx's client: its redirects, cookies and hooks are unwanted here and cost as much as the rest.
+            response = await self._transport.handle_async_request(request)
         except http.TRANSPORT_ERRORS as err:
             raise transport_error(err, address=self._address, answered=False) from err
         try:
