@@ -1,7 +1,7 @@
 """Write the tested versions into pyproject.toml, as constraints without any address.
 
-``uv lock`` resolves under these constraints, so ``uv sync``, CI and the images install the same versions, and no file in
-the repository names a download host.
+``uv lock`` resolves under these constraints, so ``uv sync``, CI and the images install the same versions, and no file
+in the repository names a download host.
 
     python ops/pins.py             write what the present lock resolved
     python ops/pins.py --upgrade   drop the pins, resolve anew, write the result

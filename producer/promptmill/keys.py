@@ -12,16 +12,16 @@ key                          type      written by                  read by      
 ``pm:outbox``                zset      submit, requeue, sweep      sweep                       7 days, renewed
 ``pm:claimed``               hash      workers                     sweep                       7 days, renewed
 ``pm:workers``               hash      workers (heartbeat)         watchers, readiness         1 day, renewed
-``pm:sweep``                 string    sweep                       sweep                       2 sweeps
+``pm:sweep``                 string    sweep                       sweep                       one heartbeat period
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
-``pm:worker:W``              channel   cancel, requeue scripts     worker W                    -
+``pm:worker:W``              channel   cancel script               worker W                    -
 ``pm:jobs``                  zset      submit                      list                        30 days or more, renewed
 ``pm:user:U:jobs``           zset      submit                      list                        30 days or more, renewed
 ``pm:idem:H``                string    submit                      submit                      life + retention
 ``pm:signing-key``           string    gateway, relay              gateway, relay              30 days, renewed
 ===========================  ========  ==========================  ==========================  =======================
 
-``life`` is the queue time plus attempts times the total timeout; see :func:`promptmill.store.head.record_ttl`.
+``life`` is the queue time plus attempts times the total timeout; see :func:`promptmill.store.head.record_ttl_ms`.
 """
 
 from __future__ import annotations

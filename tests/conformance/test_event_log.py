@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 
 from promptmill import keys
-from promptmill.contract import Progress, Timeouts, parse_request
+from promptmill.contract import Progress, Timeouts, Token, parse_request
 from promptmill.errors import IdempotencyConflict, NotFound
 from promptmill.store import START, Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND, FENCED, GONE
@@ -161,6 +161,36 @@ async def test_cancel_ends_a_running_job_and_fences_it(store: Store) -> None:
     assert not await store.finish(job_id, "claim-1", "succeeded", DONE, {"text": "x"}, [])
     ends = [e for e in await events(store, job_id) if b'"cancelled"' in e]
     assert ends == [b'{"type":"cancelled","reason":"stop"}']
+
+
+async def test_the_text_that_readers_saw_is_kept_at_a_cancel(store: Store) -> None:
+    job_id = await submitted(store)
+    epoch = (await claimed(store, job_id)).epoch
+    await append(store, job_id, "claim-1", epoch, 2, b'{"type":"token","text":"void"}')
+    await store.requeue(job_id, claim="claim-1", max_crashes=3)
+    epoch = (await claimed(store, job_id, "claim-2")).epoch
+    pieces = ["half \u2028", '"an"', "\n/answer \U0001f642"]
+    await append(store, job_id, "claim-2", epoch, 2, *(Token(text=p).to_json() for p in pieces))
+    assert await store.cancel(job_id, "stop", "c")
+    job = await store.get(job_id)
+    assert (job.state, job.text) == ("cancelled", "".join(pieces))
+
+
+async def test_a_job_that_never_spoke_has_no_text_after_a_cancel(store: Store) -> None:
+    job_id = await submitted(store)
+    await claimed(store, job_id)
+    assert await store.cancel(job_id, "stop", "c")
+    assert (await store.get(job_id)).text is None
+
+
+async def test_the_text_of_the_last_worker_is_kept_when_a_job_has_lost_them_all(store: Store) -> None:
+    job_id = await submitted(store)
+    epoch = (await claimed(store, job_id)).epoch
+    await append(store, job_id, "claim-1", epoch, 2, TOKEN)
+    assert await store.requeue(job_id, dead_worker="w1", max_crashes=1) == "failed"
+    job = await store.get(job_id)
+    assert (job.state, job.text) == ("failed", "x")
+    assert not any(b'"restart"' in e for e in await events(store, job_id))
 
 
 async def test_cancel_of_an_unknown_job_says_so(store: Store) -> None:

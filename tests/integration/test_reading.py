@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator
 from datetime import timedelta
+from itertools import pairwise
 
 import orjson
 import pytest
@@ -81,7 +82,7 @@ def text_of(frames: list[Frame]) -> str:
 def check_order(frames: list[Frame]) -> None:
     ids = [EventId.read(f.id) for f in frames if f.id is not None]
     assert ids == sorted(set(ids))
-    for a, b in zip(ids, ids[1:], strict=False):
+    for a, b in pairwise(ids):
         assert b.n == 1 or (b.epoch == a.epoch and b.n == a.n + 1), f"gap between {a} and {b}"
     assert [f.ends for f in frames] == [False] * (len(frames) - 1) + [True]
 

@@ -21,19 +21,25 @@ async def test_no_first_token_in_time() -> None:
 
 
 async def test_silence_after_a_token_even_where_the_first_may_take_long() -> None:
-    with pytest.raises(BackendError) as caught:
+    async def run() -> None:
         async with asyncio.timeout(5), Deadlines(Timeouts(first_token_s=60, idle_s=0.05, total_s=60)) as deadlines:
             deadlines.touch()
             await asyncio.Event().wait()
+
+    with pytest.raises(BackendError) as caught:
+        await run()
     assert caught.value.code == "timeout_idle"
 
 
 async def test_a_stream_that_never_pauses_still_ends() -> None:
-    with pytest.raises(BackendError) as caught:
+    async def run() -> None:
         async with Deadlines(BOUNDS) as deadlines:
             while True:
                 deadlines.touch()
                 await asyncio.sleep(0.005)
+
+    with pytest.raises(BackendError) as caught:
+        await run()
     assert caught.value.code == "timeout_total"
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 
+from promptmill.cli import exits
 from promptmill.errors import PromptmillError
+from promptmill.extras import require_extras
 from promptmill.settings import load_settings
 
-EXIT_STORE = 5
-EXIT_CONFIG = 6
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a worker; answers the exit code: 0 stopped, 5 no store, 6 configuration, 7 the broker was given up."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker until it is told to stop; answers the exit code, one of :mod:`promptmill.cli.exits`."""
     parser = argparse.ArgumentParser(prog="promptmill worker", description="Run one worker process.")
-    parser.add_argument("--name", default="worker", help="shown in logs and heartbeats")
-    parser.add_argument("--config", help="path of promptmill.toml")
+    parser.add_argument("--name", default="worker", help="shown in logs and heartbeats (default: worker)")
+    parser.add_argument("--config", help="the configuration file (default: promptmill.toml where it exists)")
     parser.add_argument("--concurrency", type=int, help="jobs at a time")
     args = parser.parse_args(argv)
     try:
@@ -27,17 +27,13 @@ def main(argv: list[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        from promptmill_workers.process import run_worker  # noqa: PLC0415 - configuration errors need no Celery
+        require_extras("workers")
+        from promptmill_workers.process import run_worker  # noqa: PLC0415 - needs the extra
 
         return run_worker(settings, args.name)
-    except ImportError as err:
-        if (err.name or "").startswith("promptmill"):
-            raise
-        print(f'error [missing_extra]: {err}; pip install "promptmill[workers]"', file=sys.stderr)  # noqa: T201
-        return EXIT_CONFIG
     except PromptmillError as err:
-        print(f"error [{err.code}]: {err}", file=sys.stderr)  # noqa: T201
-        return EXIT_STORE if err.code == "store_unavailable" else EXIT_CONFIG
+        sys.stderr.write(f"error [{err.code}]: {err.message}\n")
+        return exits.exit_code(err)
 
 
 if __name__ == "__main__":

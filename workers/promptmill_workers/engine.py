@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import socket
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from redis.exceptions import RedisError
 
@@ -19,6 +19,7 @@ from promptmill.heartbeat import WorkerState, beat
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.store.connection import store_errors
+from promptmill.store.link import Link
 from promptmill.watch import Watcher
 from promptmill_workers.pace import Pace
 from promptmill_workers.runner import Runner
@@ -49,6 +50,7 @@ class Engine:
         self._tasks: list[asyncio.Task[Any]] = []
         self._count = 0
         self._pace = Pace()
+        self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
 
     @classmethod
@@ -140,21 +142,30 @@ class Engine:
 
     async def _control(self) -> None:
         """Follow the control channel. After every (re)subscription all claims are checked: messages may be missing."""
+        channel = keys.control(self.worker_id).encode()
         while True:
             try:
-                async with self.store.redis.pubsub() as channel:
-                    await channel.subscribe(keys.control(self.worker_id))
-                    while True:
-                        message: Any = await channel.get_message(timeout=None)
-                        if message is None:
-                            continue
-                        if message["type"] == "subscribe":
-                            await self._verify_claims()
-                        elif message["type"] == "message":
-                            self.runner.taken(message["data"].decode())
+                link = await Link.connect(self.store.redis, self._controlled)
             except (RedisError, OSError) as err:
-                logger.warning("control channel lost: %s", err or type(err).__name__)
+                logger.warning("control channel not open: %s", err or type(err).__name__)
                 await asyncio.sleep(self.settings.heartbeat_s / 4)
+                continue
+            try:
+                link.send([(b"SUBSCRIBE", channel)])
+                logger.warning("control channel lost: %s", await link.lost)
+            finally:
+                await link.aclose()
+
+    def _controlled(self, message: Any) -> None:
+        if isinstance(message, list):
+            kind, _, data = cast("list[Any]", message)
+            if kind == b"message":
+                self.runner.taken(data.decode())
+                return
+        # The subscription's confirmation, or an error: either way something may have been missed until now.
+        task = asyncio.ensure_future(self._verify_claims())
+        self._verifying.add(task)
+        task.add_done_callback(self._verifying.discard)
 
     async def _verify_claims(self) -> None:
         """Stop what runs here under a claim that the store no longer knows."""

@@ -45,12 +45,23 @@ def run_worker(settings: Settings, name: str) -> int:
         # Two lines a job would cost more than carrying its tokens.
         for noisy in ("celery.worker.strategy", "celery.app.trace"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_foreign_traces)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(_main(settings, name))
     # A thread of Celery's that did not end in time must not keep the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _without_foreign_traces(record: logging.LogRecord) -> bool:
+    """Celery and kombu show the whole stack of every lost connection; its message says what an operator needs."""
+    if record.name.startswith(("celery", "kombu")) and record.exc_info:
+        error = record.exc_info[1]
+        record.msg, record.args = f"{record.getMessage().strip()} ({type(error).__name__}: {error})", None
+        record.exc_info = record.exc_text = None
+    return True
 
 
 async def _main(settings: Settings, name: str) -> int:
@@ -95,7 +106,8 @@ def _call_soon(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
 async def _until_stopped(consumer: Consumer, terms: asyncio.Queue[int]) -> int:
     while True:
         try:
-            number = await asyncio.wait_for(terms.get(), _WATCH_S)
+            async with asyncio.timeout(_WATCH_S):
+                number = await terms.get()
         except TimeoutError:
             if consumer.alive:
                 continue

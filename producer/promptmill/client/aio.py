@@ -158,7 +158,7 @@ class AsyncProducer:
         StoreUnavailable
             Whether the job exists is unknown; repeat with the same idempotency key.
         """
-        return await self.submit_request(build_request(prompt, messages, options))
+        return await self.submit_request(build_request(prompt, messages, options, self.settings.limits))
 
     async def submit_request(self, request: JobRequest) -> AsyncJob:
         """Like :meth:`submit`, with a request that was built by hand."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from promptmill.contract import JobRequest, Message, Priority, Timeouts, parse_request
+from promptmill.contract import JobRequest, Limits, Message, Priority, Timeouts, parse_request
 
 
 class RequestOptions(TypedDict, total=False):
@@ -26,7 +26,10 @@ class RequestOptions(TypedDict, total=False):
 
 
 def build_request(
-    prompt: str | None, messages: Sequence[Message | dict[str, Any]] | None, options: RequestOptions
+    prompt: str | None,
+    messages: Sequence[Message | dict[str, Any]] | None,
+    options: RequestOptions,
+    limits: Limits,
 ) -> JobRequest:
     """A checked request. Raises :class:`~promptmill.errors.BadRequest`."""
     data: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
@@ -34,4 +37,4 @@ def build_request(
         data["prompt"] = prompt
     if messages is not None:
         data["messages"] = list(messages)
-    return parse_request(data)
+    return parse_request(data, limits)

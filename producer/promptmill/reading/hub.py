@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -29,11 +28,6 @@ logger = logging.getLogger(__name__)
 _PING_EVERY_S: Final = 10.0
 _SILENCE_MAX_S: Final = 25.0
 _BACKOFF_MAX_S: Final = 2.0
-
-
-def _tell(lost: asyncio.Future[Exception]) -> Callable[[Exception], None]:
-    # When the hub closes, nobody waits for the loss any more.
-    return lambda err: None if lost.done() else lost.set_result(err)
 
 
 class Channel:
@@ -148,9 +142,8 @@ class Hub:
     async def _run(self) -> None:
         backoff = 0.05
         while not self._closed:
-            lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
             try:
-                link = await Link.connect(self.store.redis, self._received, _tell(lost))
+                link = await Link.connect(self.store.redis, self._received)
             except (RedisError, OSError) as err:
                 logger.warning("pub/sub connection not made: %s", err or type(err).__name__)
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
@@ -159,7 +152,7 @@ class Hub:
             backoff = 0.05
             try:
                 self._resubscribe(link)
-                logger.warning("pub/sub connection lost: %s", await lost)
+                logger.warning("pub/sub connection lost: %s", await link.lost)
             finally:
                 self._link = None
                 for channel in self._channels.values():

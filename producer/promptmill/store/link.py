@@ -26,16 +26,15 @@ _PATIENCE_S: Final = 0.005
 
 
 class Link(asyncio.Protocol):
-    """``on_reply`` gets every reply, an error reply as an exception instance; ``on_lost`` is called once, at the end.
-
-    Both are called from the event loop and must not block. Made by :meth:`open`.
+    """``on_reply`` gets every reply, an error reply as an exception instance; it is called from the event loop and must
+    not block. ``lost`` is done, with the reason, once the link is of no more use. Made by :meth:`connect`.
     """
 
-    def __init__(self, connection: Any, on_reply: Callable[[Any], None], on_lost: Callable[[Exception], None]) -> None:
+    def __init__(self, connection: Any, on_reply: Callable[[Any], None]) -> None:
         self.open = True
+        self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._connection = connection
         self._on_reply = on_reply
-        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
         self._urgent = False
@@ -49,7 +48,7 @@ class Link(asyncio.Protocol):
         self._transport.set_protocol(self)
 
     @classmethod
-    async def connect(cls, redis: Any, on_reply: Callable[[Any], None], on_lost: Callable[[Exception], None]) -> Link:
+    async def connect(cls, redis: Any, on_reply: Callable[[Any], None]) -> Link:
         """Open one. Raises what redis-py raises, or ``TimeoutError`` after 5 s."""
         connection = redis.connection_pool.make_connection()
         connection.socket_timeout = None
@@ -59,13 +58,12 @@ class Link(asyncio.Protocol):
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        return cls(connection, on_reply, on_lost)
+        return cls(connection, on_reply)
 
     def send(self, commands: Sequence[Command], *, urgent: bool = True) -> None:
         """Write commands, with all others of this turn of the event loop in one system call.
 
-        What is not urgent waits a few milliseconds for others to travel with. Nothing happens on a lost link:
-        ``on_lost`` was called.
+        What is not urgent waits a few milliseconds for others to travel with. Nothing happens on a lost link.
         """
         if not self.open:
             return
@@ -97,13 +95,14 @@ class Link(asyncio.Protocol):
         self.fail(RedisConnectionError(str(exc) if exc else "the server closed the connection"))
 
     def fail(self, err: Exception) -> None:
-        """Give the link up. Safe to repeat; only the first call tells ``on_lost``."""
+        """Give the link up. Safe to repeat; the first reason counts."""
         if self.open:
             self.open = False
             if self._flushing is not None:
                 self._flushing.cancel()
             self._transport.abort()
-            self._on_lost(err)
+            if not self.lost.done():
+                self.lost.set_result(err)
 
     async def aclose(self) -> None:
         """Close it. Safe to repeat."""

@@ -21,6 +21,9 @@ LIVE_PAYLOAD_MAX_BYTES: Final = 8 * 1024
 FENCED: Final = -1
 GONE: Final = -2
 
+_TEXT_FROM_LOG_MAX_EVENTS: Final = 20_000
+"""A longer log would hold the server up for too long; its text is then not stored with a cancel."""
+
 _PRELUDE = """
 local rec, log, chan = KEYS[1], KEYS[2], KEYS[3]
 local function now_ms()
@@ -58,6 +61,23 @@ local function keep(st)
   redis.call('PEXPIRE', rec, st.ttl)
   redis.call('PEXPIRE', log, st.ttl)
 end
+-- What readers saw stays readable: the tokens since the last restart, joined, are the stored text of every end.
+local function with_text(result)
+  if redis.call('XLEN', log) > TEXT_MAX then return result end
+  local parts = {}
+  for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
+    local payload = entry[2][2]
+    if string.sub(payload, 1, 15) == '{"type":"token"' then
+      parts[#parts + 1] = cjson.decode(payload).text
+    elseif string.sub(payload, 1, 17) == '{"type":"restart"' then
+      parts = {}
+    end
+  end
+  if #parts == 0 then return result end
+  local packed = cjson.decode(result)
+  packed.text = table.concat(parts)
+  return cjson.encode(packed)
+end
 local function finish(st, state, now, event, result, log_ttl)
   st.state = state
   st.finished = now
@@ -71,7 +91,7 @@ local function finish(st, state, now, event, result, log_ttl)
   redis.call('PEXPIRE', rec, st.keep)
   redis.call('PEXPIRE', log, math.min(tonumber(log_ttl), st.keep))
 end
-""".replace("LIVE_MAX", str(LIVE_PAYLOAD_MAX_BYTES))
+""".replace("LIVE_MAX", str(LIVE_PAYLOAD_MAX_BYTES)).replace("TEXT_MAX", str(_TEXT_FROM_LOG_MAX_EVENTS))
 
 # ARGV: token, head, request, event, life_ms, retention_ms, queue_ms
 _SUBMIT = """
@@ -155,11 +175,12 @@ if not st then return {'missing'} end
 if st.tok == ARGV[1] then return {'ok', st.epoch} end
 if ended(st.state) then return {'ended', st.state} end
 if ARGV[2] == 'expired' and (st.state ~= 'queued' or now_ms() < st.deadline) then return {'early', st.state} end
-local worker, claim = nil, st.claim
+local worker, claim, result = nil, st.claim, ARGV[4]
 if st.state == 'running' then worker = st.worker end
+if st.started then result = with_text(result) end
 local now = advance(st)
 st.tok = ARGV[1]
-finish(st, ARGV[2], now, ARGV[3], ARGV[4], ARGV[5])
+finish(st, ARGV[2], now, ARGV[3], result, ARGV[5])
 if worker then redis.call('PUBLISH', ARGV[6] .. worker, claim) end
 return {'ok', st.epoch}
 """
@@ -190,7 +211,7 @@ else
   st.attempts = st.attempts - 1
 end
 if st.crashes >= tonumber(ARGV[5]) then
-  finish(st, 'failed', now, ARGV[7], ARGV[8], ARGV[9])
+  finish(st, 'failed', now, ARGV[7], with_text(ARGV[8]), ARGV[9])
   return {'failed', st.epoch}
 end
 st.state = 'queued'

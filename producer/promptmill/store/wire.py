@@ -97,10 +97,11 @@ class _Queue:
     async def start(cls, redis: Any) -> _Queue:
         queue = cls()
         try:
-            queue.link = await Link.connect(redis, queue._replied, queue._lost)
+            queue.link = await Link.connect(redis, queue._replied)
         except BaseException:
             queue._timer.cancel()
             raise
+        queue.link.lost.add_done_callback(queue._lost)
         return queue
 
     @property
@@ -131,9 +132,10 @@ class _Queue:
         if self._waiting and self._loop.time() - self._waiting[0].asked_at > COMMAND_TIMEOUT_S:
             self.link.fail(RedisConnectionError(f"no answer within {COMMAND_TIMEOUT_S:g} s"))
 
-    def _lost(self, err: Exception) -> None:
+    def _lost(self, lost: asyncio.Future[Exception]) -> None:
         """Every caller learns of it; none is repeated here, for only the caller knows whether that makes sense."""
         self._timer.cancel()
+        err = lost.result()
         while self._waiting:
             done = self._waiting.popleft().done
             if done is not None and not done.done():
