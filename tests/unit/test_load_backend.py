@@ -11,6 +11,7 @@ import pytest
 
 from promptmill.errors import ConfigError, MissingExtra
 from promptmill.settings import ModelConfig
+from promptmill_workers import backends
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Call, Finished, Item, TextDelta
 from promptmill_workers.testing import call, collect, failure, text_of
@@ -58,6 +59,8 @@ def test_a_missing_library_says_which_extra_to_install(
     for module in list(sys.modules):
         if module.startswith("promptmill_workers.backends."):
             monkeypatch.delitem(sys.modules, module)
+            # `from package import module` finds the attribute before it looks for the module.
+            monkeypatch.delattr(backends, module.removeprefix("promptmill_workers.backends."), raising=False)
     monkeypatch.setitem(sys.modules, library, None)
     config = ModelConfig(type=kind, model_name="m", api_url="http://127.0.0.1:1")
     with pytest.raises(MissingExtra, match=r'pip install "promptmill\[workers\]"'):
