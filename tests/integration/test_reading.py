@@ -299,3 +299,17 @@ async def test_any_interleaving_of_publish_subscribe_and_reconnect(store: Store,
             check_order(frames)
             assert text_of(frames) == job.text
     await hub.aclose()
+
+
+async def test_a_hub_without_readers_keeps_its_connection(store: Store, hub: Hub) -> None:
+    job = await Job.start(store)
+    reader = await hub.open(job.id)
+    await anext(reader)
+    link = hub._link
+    assert link is not None
+    await reader.aclose()
+    await wait_until(lambda: _none(store, job.id), "nobody is subscribed")
+    heard = hub._heard_at
+    link.send([(b"PING",)])
+    await wait_until(lambda: hub._heard_at > heard, "the server answered the ping")
+    assert link.open

@@ -166,24 +166,25 @@ async def test_a_killed_workers_job_is_picked_up_and_the_text_begins_anew(write_
 async def test_a_frozen_worker_that_wakes_writes_nothing_more(write_config) -> None:
     path, settings = write_config(QUICK + MODELS)
     async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
-        first = stack.enter_context(worker_process(path, "first"))
-        await first.ready(settings.store_url)
+        workers = [stack.enter_context(worker_process(path, name)) for name in ("first", "second")]
+        ids = [await worker.ready(settings.store_url) for worker in workers]
         job = await producer.submit(LONG, model="slow")
         reading = asyncio.create_task(collect(producer, job.id))
         await wait_for_tokens(producer, job.id, 5)
-        with worker_process(path, "second") as second:
-            await second.ready(settings.store_url)
-            first.signal(signal.SIGSTOP)
-            await wait_until(lambda: attempt_is(producer, job.id, 2), "the second worker has the job")
-            first.signal(signal.SIGCONT)
-            stored = await job.result(30)
-            events = await reading
-            check(events)
-            assert stored.text == LONG == text_of(events)
-            # The woken worker is alive and serves again.
-            await wait_until(lambda: workers_are(producer, 2), "both workers are ready")
-            second.stop()
-            assert (await (await producer.submit("again", model="fast")).result(20)).text == "again"
+        store = await producer.store()
+        held = [bool(await store.redis.sismember(keys.claims(worker_id), job.id)) for worker_id in ids]
+        frozen, other = workers if held[0] else reversed(workers)
+        frozen.signal(signal.SIGSTOP)
+        await wait_until(lambda: attempt_is(producer, job.id, 2), "the other worker has the job", timeout_s=30)
+        frozen.signal(signal.SIGCONT)
+        stored = await job.result(30)
+        events = await reading
+        check(events)
+        assert stored.text == LONG == text_of(events)
+        # The woken worker is alive and serves again.
+        await wait_until(lambda: workers_are(producer, 2), "both workers are ready")
+        other.stop()
+        assert (await (await producer.submit("again", model="fast")).result(20)).text == "again"
 
 
 async def test_a_terminated_worker_lets_its_job_finish_and_claims_no_other(write_config) -> None:

@@ -170,7 +170,8 @@ class Hub:
     def _received(self, message: Any) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         if not isinstance(message, list):
-            if self._link is not None:
+            # Without any subscription PING is answered as on any connection.
+            if message != b"PONG" and self._link is not None:
                 self._link.fail(RedisConnectionError(f"unexpected on the pub/sub connection: {message}"))
             return
         parts = cast("list[bytes]", message)
