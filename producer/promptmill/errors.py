@@ -14,6 +14,7 @@
     ├── JobFailed                   a job that ended as `failed` or `expired`, raised to who waits for its result
     ├── JobCancelled                a job that ended as `cancelled`, likewise
     ├── WaitTimeout                 the caller's own waiting time ran out; the job goes on
+    ├── Closed                      the producer was closed while it was used; jobs go on
     └── ConfigError                 bad_config: names file, key and reason
 
 Branch on ``code`` (stable) and ``retryable``, never on the message. All survive pickling.
@@ -66,6 +67,7 @@ CODES: Final[dict[str, CodeSpec]] = {
     # local to a process, never stored with a job
     "wait_timeout": CodeSpec(True, 504),
     "cancelled": CodeSpec(False, 409),
+    "closed": CodeSpec(True, 503),
     "bad_config": CodeSpec(False, 500),
     "missing_extra": CodeSpec(False, 500),
     "port_in_use": CodeSpec(False, 500),
@@ -212,6 +214,12 @@ class WaitTimeout(PromptmillError, TimeoutError):
     """The caller's own waiting time ran out. The job goes on."""
 
     default_code = "wait_timeout"
+
+
+class Closed(PromptmillError):
+    """The producer was closed, before or while it was used. Jobs go on."""
+
+    default_code = "closed"
 
 
 class ConfigError(PromptmillError):

@@ -59,6 +59,27 @@ async def beat(store: Store, worker: str, count: int, state: WorkerState, every_
         await store.redis.expire(keys.claims(worker), keys.INDEX_TTL)
 
 
+# KEYS: workers, claims. ARGV: worker
+_LEAVE: Final = Script(
+    "leave",
+    """
+if redis.call('SCARD', KEYS[2]) > 0 then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+""",
+    prelude="",
+)
+
+
+async def leave(store: Store, worker: str) -> None:
+    """Take a worker that ended off the list, so that nobody finds a corpse.
+
+    One that still has claims stays on it: its silent heartbeat is how the watchers find them. Raises StoreUnavailable.
+    """
+    with store_errors(store.address):
+        # On the wire, behind what was told of the last claims.
+        await store.wire.call("EVAL", _LEAVE.source, 2, keys.WORKERS, keys.claims(worker), worker)
+
+
 async def read_beats(store: Store) -> tuple[list[Beat], int]:
     """The last heartbeat of every worker that has not been given up, and Redis's time in ms."""
     with store_errors(store.address):
@@ -73,10 +94,10 @@ async def read_beats(store: Store) -> tuple[list[Beat], int]:
 def _read(worker: str, data: dict[str, Any]) -> Beat:
     return Beat(
         worker,
-        int(data["n"]),
-        data["state"],
-        float(data["every"]),
-        int(data["at"]),
+        int(data.get("n", 0)),
+        data.get("state", "starting"),
+        float(data.get("every", 0)),
+        int(data.get("at", 0)),
         int(data.get("running", 0)),
         int(data.get("concurrency", 0)),
     )

@@ -12,11 +12,12 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Final
 
 from promptmill import keys
-from promptmill.errors import StoreUnavailable
+from promptmill.errors import NotFound, StoreUnavailable
 from promptmill.heartbeat import Beat, read_beats
 from promptmill.settings import Settings
 from promptmill.store import Record, Store
 from promptmill.store.connection import store_errors
+from promptmill.store.link import Command
 
 if TYPE_CHECKING:
     from promptmill.enqueue import Enqueuer
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CRASHES: Final = 3
-_SWEEP_MAX: Final = 200
+_SWEEP_MAX: Final = 500
+_ROUNDS_MAX: Final = 100
 _GRACE_MS: Final = 5_000
 """A message that young is on its way; it is not sent again."""
 _RESEND_MAX_MS: Final = 60_000
@@ -40,6 +42,7 @@ class Watcher:
         self._period_s = settings.heartbeat_s
         self._dead_after_s = settings.dead_after_s
         self._seen: dict[str, tuple[int, float]] = {}
+        self._looked_at = 0.0
 
     async def run(self) -> None:
         """Look every ``heartbeat_s``, for ever."""
@@ -59,6 +62,10 @@ class Watcher:
         """Read all heartbeats; settle the workers whose counter stood still for too long. Answers their ids."""
         beats, _ = await read_beats(self._store)
         now = asyncio.get_running_loop().time()
+        if now - self._looked_at > 3 * self._period_s + 1:
+            # We were frozen or cut off ourselves, perhaps together with those that we watch.
+            self._seen.clear()
+        self._looked_at = now
         present = {b.worker for b in beats}
         self._seen = {w: s for w, s in self._seen.items() if w in present}
         dead: list[str] = []
@@ -97,11 +104,17 @@ class Watcher:
         """
         queued: list[tuple[str, str]] = []
         for job_id in job_ids:
+            wait: list[Command] = [
+                ("ZADD", keys.OUTBOX, "NX", 0, job_id),
+                ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds())),
+            ]
             with store_errors(self._store.address):
-                await self._store.redis.zadd(keys.OUTBOX, {job_id: 0}, nx=True)
+                await self._store.ask(wait)
             outcome = await self._store.requeue(
                 job_id, dead_worker=dead_worker, claim=(claims or {}).get(job_id), max_crashes=MAX_CRASHES
             )
+            # Again: a sweep that looked in between saw a running job.
+            self._store.wire.tell(wait if outcome == "queued" else [])
             logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
             if outcome == "queued":
                 record = await self._store.find(job_id)
@@ -124,9 +137,19 @@ class Watcher:
                 return 0
             seconds, micros = await redis.time()
             now_ms = seconds * 1000 + micros // 1000
-            due: list[tuple[bytes, float]] = await redis.zrangebyscore(
-                keys.OUTBOX, "-inf", now_ms, start=0, num=_SWEEP_MAX, withscores=True
-            )
+        sent = 0
+        for _ in range(_ROUNDS_MAX):
+            with store_errors(self._store.address):
+                due: list[tuple[bytes, float]] = await redis.zrangebyscore(
+                    keys.OUTBOX, "-inf", now_ms, start=0, num=_SWEEP_MAX, withscores=True
+                )
+            sent += await self._look_at(due, now_ms)
+            if len(due) < _SWEEP_MAX:
+                break
+        return sent
+
+    async def _look_at(self, due: list[tuple[bytes, float]], now_ms: int) -> int:
+        """Decide on some entries: send again, look later, expire, or forget."""
         if not due:
             return 0
         records = await self._store.find_many(row[0].decode() for row in due)
@@ -138,10 +161,13 @@ class Watcher:
             if record is None:
                 # Its submit died between outbox and record, or is in between right now: look once more.
                 (done.append(job_id) if score else later.setdefault(job_id, now_ms + _FORGET_MS))
-            elif record.state != "queued":
+            elif record.ended:
                 done.append(job_id)
+            elif record.state != "queued":
+                # Its claim takes the entry off; until then it may come back to the queue at any moment.
+                later[job_id] = now_ms + _FORGET_MS
             elif now_ms >= record.st["deadline"]:
-                await self._store.expire(job_id, keys.new_token())
+                await self._expire(job_id)
                 done.append(job_id)
             elif now_ms - record.st["queued"] < _GRACE_MS:
                 later[job_id] = _next_look(record, record.st["queued"] + _GRACE_MS)
@@ -152,6 +178,12 @@ class Watcher:
             sent += await self._resend(queue, lost, now_ms, later)
         await self._reschedule(later, done)
         return sent
+
+    async def _expire(self, job_id: str) -> None:
+        try:
+            await self._store.expire(job_id, keys.new_token())
+        except NotFound:
+            logger.debug("job %s was gone before it could expire", job_id)
 
     async def _resend(self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]) -> int:
         depth = await self._enqueuer.depth(queue)

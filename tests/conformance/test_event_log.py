@@ -208,6 +208,16 @@ async def test_of_many_settlers_one_requeues_and_a_late_one_hurts_nobody(store: 
     assert (await store.get(job_id)).state == "running"
 
 
+async def test_a_requeue_whose_reply_was_lost_is_answered_again(store: Store) -> None:
+    job_id = await submitted(store)
+    await claimed(store, job_id)
+    for _ in range(2):
+        assert await store.requeue(job_id, claim="claim-1", max_crashes=3, token="r") == "queued"
+    await claimed(store, job_id, "claim-2")
+    assert await store.requeue(job_id, claim="claim-1", max_crashes=3, token="r") == "queued"
+    assert (await store.get(job_id)).state == "running", "an old repeat takes nothing from the new holder"
+
+
 async def test_a_requeue_voids_the_text_only_where_there_was_some(store: Store) -> None:
     silent = await submitted(store)
     await claimed(store, silent)

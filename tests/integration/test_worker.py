@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 
 import pytest
 
-from promptmill import AsyncProducer, JobCancelled, JobFailed, keys
+from promptmill import AsyncProducer, JobCancelled, JobFailed, Producer, keys
 from promptmill.contract import Done, Event, Progress, Restart, Token
+from promptmill.errors import Closed
 from promptmill.store import Store
 from tests.support.processes import wait_until
 from tests.support.simulator import Simulator
@@ -142,6 +144,71 @@ async def test_an_unknown_model_fails_the_job_where_the_producer_could_not_know(
                 await job.result(20)
             assert caught.value.code == "unknown_model"
             assert "fast" in caught.value.message
+
+
+async def test_a_request_that_this_version_cannot_read_ends_its_job(write_config) -> None:
+    path, settings = write_config(QUICK + MODELS)
+    async with AsyncProducer(settings) as producer:
+        job = await producer.submit("x", model="fast")
+        store = await producer.store()
+        await store.redis.hset(keys.record(job.id), "request", b'{"messages": [], "from_the_future": 1}')
+        with worker_process(path):
+            with pytest.raises(JobFailed) as caught:
+                await job.result(20)
+            assert caught.value.code == "crashed"
+            assert (await (await producer.submit("next", model="fast")).result(20)).text == "next"
+
+
+async def test_a_second_signal_hands_running_jobs_back_at_once(write_config) -> None:
+    path, settings = write_config(QUICK + "drain_s = 60\n" + MODELS)
+    async with AsyncProducer(settings) as producer:
+        with worker_process(path, "first") as first:
+            worker_id = await first.ready(settings.store_url)
+            jobs = await producer.submit_many([{"prompt": LONG * 3, "model": "slow"} for _ in range(20)])
+            await wait_for_tokens(producer, jobs[-1].id, 2)
+            first.signal(signal.SIGTERM)
+            await wait_until(lambda: workers_are(producer, 0), "the worker drains")
+            await asyncio.sleep(0.3)  # a second signal counts only after a moment: supervisors signal twice
+            first.signal(signal.SIGTERM)
+            await wait_until(lambda: first.process.poll() is not None, "the worker ended")
+        store = await producer.store()
+        assert {(await job.get()).state for job in jobs} == {"queued"}
+        assert not await store.redis.exists(keys.claims(worker_id))
+        assert not await store.redis.hexists(keys.WORKERS, worker_id)
+        for job in jobs:
+            await job.cancel()
+
+
+async def test_a_producer_that_is_closed_says_so_and_cuts_no_answer_short(write_config) -> None:
+    path, settings = write_config(QUICK + MODELS)
+    producer = AsyncProducer(settings)
+    with worker_process(path) as worker:
+        await worker.ready(settings.store_url)
+        job = await producer.submit(LONG, model="slow")
+        reading = asyncio.create_task(collect(producer, job.id))
+        await wait_for_tokens(producer, job.id, 2)
+        await producer.aclose()
+        with pytest.raises(Closed):
+            await reading
+        with pytest.raises(Closed):
+            await job.result(5)
+        with pytest.raises(Closed):
+            await producer.submit("x")
+
+
+def test_closing_a_synchronous_producer_wakes_those_who_wait(write_config) -> None:
+    _, settings = write_config(MODELS)
+    producer = Producer(settings)
+    job = producer.submit("x", model="fast")
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(job.result)
+        following = threads.submit(lambda: list(job.events()))
+        producer.close()
+        for future in (waiting, following):
+            with pytest.raises(Closed):
+                future.result(10)
+    with pytest.raises(Closed):
+        job.get()
 
 
 async def test_a_killed_workers_job_is_picked_up_and_the_text_begins_anew(write_config) -> None:

@@ -162,6 +162,27 @@ async def test_a_store_that_lost_its_tail_gets_it_again() -> None:
     await store.aclose()
 
 
+async def test_a_tail_that_was_lost_while_nothing_waited_is_sent_again_before_the_end() -> None:
+    store = fake_store()
+    writer = Writer(store.wire)
+    writer.start()
+    log = await claimed_log(store, writer)
+    for text in ("a", "b"):
+        log.add_text(text)
+        writer.mark(log)
+        await writer.settle(log)
+    entries, _, _ = await store.read_log(log.job_id, START)
+    await store.redis.delete(keys.log(log.job_id))
+    for event_id, data in entries[:-1]:
+        await store.redis.xadd(keys.log(log.job_id), {"e": data}, id=str(event_id))
+    writer.suspect()
+    async with asyncio.timeout(5):
+        await writer.settle(log)
+    assert tokens(await stored(store, log)) == "ab"
+    await writer.aclose()
+    await store.aclose()
+
+
 async def test_a_fenced_log_tells_who_writes_it_and_settles() -> None:
     store = fake_store()
     writer = Writer(store.wire)

@@ -61,8 +61,9 @@ async def stream(backend: Backend, call: Call, log: JobLog, writer: Writer, into
                 log.add_text(item.text)
                 mark(log)
                 if log.full:
+                    deadlines.hold()
                     await log.wait_for_room()
-                    deadlines.touch()  # the wait was ours, not the provider's
+                    deadlines.touch()
             elif isinstance(item, UsageUpdate):
                 into.usage = item.usage
             else:

@@ -47,12 +47,16 @@ class Deadlines:
 
     def touch(self) -> None:
         """A token came."""
-        first = not self._touched
+        first = not self._touched or self._touched == float("inf")
         self._touched = self._loop.time()
         if first and self._handle is not None:
             # The bound between tokens is often the shorter one; afterwards it only moves away.
             self._handle.cancel()
             self._arm()
+
+    def hold(self) -> None:
+        """It is we who do not read now: the bound between tokens does not count until the next :meth:`touch`."""
+        self._touched = float("inf")
 
     def _due(self) -> tuple[float, str]:
         bounds = self._timeouts

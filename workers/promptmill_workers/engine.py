@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+from concurrent.futures import CancelledError
 from typing import Any, Final, cast
 
 from redis.exceptions import RedisError
@@ -15,10 +16,10 @@ from redis.exceptions import RedisError
 from promptmill import keys
 from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
-from promptmill.heartbeat import WorkerState, beat
+from promptmill.heartbeat import WorkerState, beat, leave
 from promptmill.settings import Settings
 from promptmill.store import Store
-from promptmill.store.connection import store_errors
+from promptmill.store.connection import reason, store_errors
 from promptmill.store.link import Link
 from promptmill.watch import Watcher
 from promptmill_workers.pace import Pace
@@ -52,6 +53,8 @@ class Engine:
         self._pace = Pace()
         self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
+        self._serving: set[asyncio.Task[None]] = set()
+        self._handing_back: dict[str, str] = {}
 
     @classmethod
     async def start(cls, settings: Settings, name: str) -> Engine:
@@ -83,20 +86,29 @@ class Engine:
 
     def serve(self, job_id: str, queue: str) -> None:
         """Run a job to its end, from one of Celery's threads, which waits."""
-        asyncio.run_coroutine_threadsafe(self._serve(job_id, queue), self._loop).result()
+        try:
+            asyncio.run_coroutine_threadsafe(self._serve(job_id, queue), self._loop).result()
+        except CancelledError:
+            logger.info("job %s was not begun here: the worker stops", job_id)
 
     async def _serve(self, job_id: str, queue: str) -> None:
-        if self.state == "draining":
-            # Popped while we were closing: the message goes back, another worker takes it.
-            await self.enqueuer.send([(job_id, queue)])
-            return
-        await self._alive()
-        await self._pace.turn()
-        await self.runner.run(job_id)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker
+        self._serving.add(task)
+        try:
+            await self._alive()
+            await self._pace.turn()
+            if self.state == "draining":
+                # Popped while we were closing: the message goes back, another worker takes it.
+                await self.enqueuer.send([(job_id, queue)])
+            else:
+                await self.runner.run(job_id)
+        finally:
+            self._serving.discard(task)
 
     async def _alive(self) -> None:
         """A process that was frozen may have been declared dead: it beats before it claims anything."""
-        while self._loop.time() - self._beaten_at > self.settings.dead_after_s / 2:
+        while self._loop.time() - self._beaten_at > self.settings.dead_after_s / 2 and self.state != "draining":
             try:
                 await self._beat()
             except StoreUnavailable:
@@ -147,7 +159,7 @@ class Engine:
             try:
                 link = await Link.connect(self.store.redis, self._controlled)
             except (RedisError, OSError) as err:
-                logger.warning("control channel not open: %s", err or type(err).__name__)
+                logger.warning("control channel not open: %s", reason(err))
                 await asyncio.sleep(self.settings.heartbeat_s / 4)
                 continue
             try:
@@ -174,10 +186,10 @@ class Engine:
             return
         try:
             with store_errors(self.store.address):
-                pipe = self.store.redis.pipeline(transaction=False)
-                for job in jobs:
-                    pipe.hget(keys.record(job.job_id), "claim")
-                held: list[bytes | None] = await pipe.execute()
+                # Who was declared dead and lives may find its set of claims emptied behind its back: fill it again.
+                join = ("SADD", keys.claims(self.worker_id), *(job.job_id for job in jobs))
+                asked = [("HGET", keys.record(job.job_id), "claim") for job in jobs]
+                _, *held = await self.store.ask([join, *asked])
         except StoreUnavailable as err:
             logger.warning("claims not verified: %s", err)
             return
@@ -192,38 +204,54 @@ class Engine:
         """Claim nothing more; let running jobs finish for up to ``limit_s``; hand the rest back."""
         self.state = "draining"
         await self._beat_now()
-        tasks = {job.task for job in self.runner.running.values() if job.task is not None}
-        if tasks:
-            logger.info("draining: %d jobs running, waiting up to %g s", len(tasks), limit_s)
-            await asyncio.wait(tasks, timeout=limit_s)
+        if self._serving:
+            logger.info("draining: %d jobs here, waiting up to %g s", len(self._serving), limit_s)
+            await asyncio.wait(set(self._serving), timeout=limit_s)
         await self.hand_back()
 
     async def hand_back(self) -> None:
-        """Stop every running job here and give it to the queue, to be picked up elsewhere at once."""
-        jobs = list(self.runner.running.values())
-        if not jobs:
-            return
-        tasks = {job.task for job in jobs if job.task is not None}
-        for job in jobs:
+        """Stop every running job here and give it to the queue, to be picked up elsewhere at once.
+
+        Called again after it was cut off, it goes on where it was. What cannot be given back is found by the watchers
+        of other processes: this worker's heartbeat then stays, and stands still.
+        """
+        for job in list(self.runner.running.values()):
+            self._handing_back[job.job_id] = job.claim
             job.stop("handback")
-        await asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S)
+        for task in set(self._serving):
+            # Not running yet: still waiting for its turn or for the store.
+            if not any(job.task is task for job in self.runner.running.values()):
+                task.cancel()
+        if self._serving:
+            await asyncio.wait(set(self._serving), timeout=_STOP_TIMEOUT_S)
+        if not self._handing_back:
+            return
+        count = len(self._handing_back)
         try:
-            claims = {job.job_id: job.claim for job in jobs}
-            queued = await self.watcher.release(list(claims), claims=claims)
-            logger.info("handed back %d of %d jobs", len(queued), len(jobs))
+            for job_id, claim in list(self._handing_back.items()):
+                await self.watcher.release([job_id], claims={job_id: claim})
+                self.store.forget_claim(job_id, self.worker_id)
+                del self._handing_back[job_id]
         except StoreUnavailable as err:
-            # The watchers of other processes find them by our silent heartbeat.
-            logger.warning("jobs not handed back: %s", err)
+            logger.warning("%d of %d jobs not handed back: %s", len(self._handing_back), count, err)
+        else:
+            logger.info("handed %d jobs back", count)
+
+    @property
+    def broken(self) -> str | None:
+        """The name of a part that ended although nobody stopped it; the process is of no use any more."""
+        for task in (*self._tasks, *self.writer.tasks):
+            if task.done():
+                return task.get_name()
+        return None
 
     async def aclose(self) -> None:
         """Stop beating and close everything. Jobs that still run are left to the watchers."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not self.runner.running:
-            with contextlib.suppress(StoreUnavailable), store_errors(self.store.address):
-                # Leave no corpse to be found: nothing is claimed any more.
-                await self.store.redis.hdel(keys.WORKERS, self.worker_id)
+        with contextlib.suppress(StoreUnavailable):
+            await leave(self.store, self.worker_id)
         await self.runner.aclose()
         await self.writer.aclose()
         await self.enqueuer.aclose()

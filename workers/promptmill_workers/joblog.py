@@ -153,6 +153,8 @@ class JobLog:
     def rewind(self, n: int) -> None:
         """The store has only what stands up to ``n``: all behind it is to be sent again, as far as it is kept."""
         self.acked = max(min(self.acked, n), self._kept_from - 1)
+        if self.acked < self.last_n:
+            self.idle.clear()
 
     def release(self) -> None:
         """Nothing more will be written: let whoever waits go on."""

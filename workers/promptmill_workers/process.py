@@ -25,10 +25,11 @@ from promptmill_workers.engine import Engine
 logger = logging.getLogger(__name__)
 
 EXIT_OK: Final = 0
-EXIT_CONSUMER: Final = 7
-"""Celery gave up: the supervisor starts a new process."""
+EXIT_BROKEN: Final = 7
+"""A part of the process ended by itself: the supervisor starts a new one."""
 
 _WATCH_S: Final = 1.0
+_CONSUMER_STOP_S: Final = 10.0
 _ONE_WISH_S: Final = 0.2
 
 
@@ -74,7 +75,7 @@ async def _main(settings: Settings, name: str) -> int:
     tune_interpreter()
     consumer.start()
     logger.info("worker %s started, concurrency %d", engine.worker_id, settings.concurrency)
-    code = await _until_stopped(consumer, terms)
+    code = await _until_stopped(engine, consumer, terms)
     consumer.pause()
     drain = asyncio.create_task(engine.drain(settings.drain_s))
     again = asyncio.create_task(_second(terms))
@@ -85,7 +86,8 @@ async def _main(settings: Settings, name: str) -> int:
         await asyncio.gather(drain, return_exceptions=True)
         await engine.hand_back()
     again.cancel()
-    await loop.run_in_executor(None, consumer.stop)
+    # Bounded: Celery waits for its threads without limit, and the process ends by itself afterwards.
+    await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
     logger.info("worker %s ended", engine.worker_id)
     return code
@@ -103,15 +105,18 @@ def _call_soon(loop: asyncio.AbstractEventLoop, engine: Engine) -> None:
     asyncio.run_coroutine_threadsafe(engine.ready(), loop)
 
 
-async def _until_stopped(consumer: Consumer, terms: asyncio.Queue[int]) -> int:
+async def _until_stopped(engine: Engine, consumer: Consumer, terms: asyncio.Queue[int]) -> int:
     while True:
         try:
             async with asyncio.timeout(_WATCH_S):
                 number = await terms.get()
         except TimeoutError:
-            if consumer.alive:
-                continue
-            logger.critical("Celery's consumer ended by itself")
-            return EXIT_CONSUMER
+            if not consumer.alive:
+                logger.critical("Celery's consumer ended by itself")
+                return EXIT_BROKEN
+            if engine.broken is not None:
+                logger.critical("the %s ended by itself", engine.broken)
+                return EXIT_BROKEN
+            continue
         logger.info("%s: draining", signal.Signals(number).name)
         return EXIT_OK

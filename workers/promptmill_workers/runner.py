@@ -19,6 +19,7 @@ from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUn
 from promptmill.routing import Route, resolve
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
+from promptmill.store.head import record_ttl_ms
 from promptmill_workers.attempt import Progressing, estimated_usage, stream
 from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
@@ -103,6 +104,12 @@ class Runner:
                 raise
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
+        except Exception as err:
+            # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
+            # `running` for as long as this worker lives.
+            logger.exception("job %s cannot be run here", job_id)
+            error = BackendError(f"the worker failed on this job: {type(err).__name__}", code="crashed")
+            await self._fail(job, error, Progressing(), None, list(claimed.tries), claimed.record.st["attempts"])
         finally:
             self._writer.close(log)
             if self.running.get(job_id) is job:
@@ -143,6 +150,7 @@ class Runner:
         except BadRequest as err:
             await self._fail(job, err, Progressing(), None, tries, number)
             return
+        self._outlive(job.job_id, request, route)
         while True:
             into, started = Progressing(), datetime.now(UTC)
             error: BackendError | None = None
@@ -167,6 +175,12 @@ class Runner:
                 return
             number += 1
             await self._retry_later(job, error, number)
+
+    def _outlive(self, job_id: str, request: JobRequest, route: Route) -> None:
+        """The producer may not have known this model's timeouts: what is stored must outlive what runs."""
+        life = record_ttl_ms(self._settings.timeouts_for(route.config, request.timeouts), self._settings.max_attempts)
+        stored = (keys.record(job_id), keys.log(job_id))
+        self._store.wire.tell([("PEXPIRE", key, life, "GT") for key in stored])
 
     def _may_retry(self, error: BackendError, into: Progressing, number: int) -> bool:
         return error.code in _RETRY_HERE and not into.parts and number < self._settings.max_attempts

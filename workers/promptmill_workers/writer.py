@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from promptmill.store.connection import reason
 from promptmill.store.link import Command
 from promptmill.store.scripts import APPEND, FENCED, GONE
 from promptmill.store.wire import Wire
@@ -50,6 +51,11 @@ class Writer:
     def start(self) -> None:
         """Begin to write."""
         self._task = asyncio.create_task(self._run(), name="writer")
+
+    @property
+    def tasks(self) -> tuple[asyncio.Task[None], ...]:
+        """What must not end by itself."""
+        return (self._task,) if self._task is not None else ()
 
     async def aclose(self) -> None:
         """Stop. What was not written stays unwritten: let jobs settle first."""
@@ -125,7 +131,7 @@ class Writer:
                 carried = await self._write()
                 backoff = 0.05
             except (RedisError, OSError, asyncio.IncompleteReadError) as err:
-                logger.warning("events wait, the store does not answer: %s", err or type(err).__name__)
+                logger.warning("events wait, the store does not answer: %s", reason(err))
                 # What the store has is unknown now, and a restarted one may have lost its tail: ask before writing on.
                 self.suspect()
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads retries, no secret

@@ -76,12 +76,33 @@ async def _run(
 ) -> int:
     with stop_on_signals() as stop:
         async with open_producer(settings) as producer:
-            job = await unless_asked(stop, producer.submit(prompt, **options))
+            submitting = asyncio.create_task(producer.submit(prompt, **options))
+            job = await unless_asked(stop, _outlived_by(submitting))
             if job is None:
-                return exits.INTERRUPTED
+                return await _cancel_submitted(stop, submitting)
             if verbose:
                 note(f"(job {job.id})")
             return await _follow(stop, job, EventPrinter(job.id, as_json=as_json, verbose=verbose), timeout_s)
+
+
+async def _outlived_by(submitting: asyncio.Task[AsyncJob]) -> AsyncJob:
+    return await asyncio.shield(submitting)
+
+
+async def _cancel_submitted(stop: StopRequest, submitting: asyncio.Task[AsyncJob]) -> int:
+    """Let the submit end, because only its answer names the job to cancel; a second signal gives up on it."""
+    hurried = asyncio.create_task(stop.hurry.wait())
+    try:
+        await asyncio.wait({submitting, hurried}, timeout=CANCEL_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        if submitting.done():
+            await _cancel(submitting.result())
+        else:
+            note("interrupted while submitting, so a job may exist: `promptmill job list`")
+    finally:
+        hurried.cancel()
+        submitting.cancel()
+        await asyncio.gather(hurried, submitting, return_exceptions=True)
+    return exits.INTERRUPTED
 
 
 async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeout_s: float | None) -> int:
@@ -99,6 +120,11 @@ async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeo
     if code is not None:
         return code
     printer.break_line()
+    await _cancel(job)
+    return exits.INTERRUPTED
+
+
+async def _cancel(job: AsyncJob) -> None:
     try:
         async with asyncio.timeout(CANCEL_WAIT_S):
             await job.cancel("interrupted at the terminal")
@@ -106,4 +132,3 @@ async def _follow(stop: StopRequest, job: AsyncJob, printer: EventPrinter, timeo
         note(f"the job could not be cancelled ({err or 'no answer'}): `promptmill job cancel {job.id}`")
     else:
         note(f"cancelled job {job.id}")
-    return exits.INTERRUPTED

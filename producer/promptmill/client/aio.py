@@ -20,11 +20,12 @@ from promptmill.contract import (
     JobState,
     Message,
     Restart,
+    Timeouts,
     Token,
     parse_event,
     parse_request,
 )
-from promptmill.errors import JobCancelled, JobFailed, NotFound, WaitTimeout
+from promptmill.errors import Closed, JobCancelled, JobFailed, NotFound, WaitTimeout
 from promptmill.heartbeat import ready_workers
 from promptmill.queues import queue_for
 from promptmill.reading import Hub
@@ -102,6 +103,7 @@ class AsyncProducer:
         self._enqueuer: Enqueuer | None = None
         self._hub: Hub | None = None
         self._opening = asyncio.Lock()
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,7 +114,8 @@ class AsyncProducer:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close every connection. Readers end."""
+        """Close every connection. Whoever still reads gets :class:`~promptmill.errors.Closed`."""
+        self._closed = True
         if self._hub is not None:
             await self._hub.aclose()
         if self._enqueuer is not None:
@@ -122,6 +125,8 @@ class AsyncProducer:
 
     async def store(self) -> Store:
         """The store, connected. Raises :class:`~promptmill.errors.StoreUnavailable`."""
+        if self._closed:
+            raise Closed("the producer was closed")
         if self._store is None:
             async with self._opening:
                 if self._store is None:
@@ -178,11 +183,12 @@ class AsyncProducer:
             jobs += await self._submit(checked[start : start + _SUBMIT_CHUNK])
         return jobs
 
+    def _knows(self, request: JobRequest) -> bool:
+        """Whether the configuration here can tell what answers; without models only ``echo`` is known."""
+        return bool(self.settings.models) or (request.role is None and request.model in {None, "echo"})
+
     def _check_route(self, request: JobRequest) -> None:
-        knows_models = bool(self.settings.models)
-        if knows_models or request.model in {None, "echo"}:
-            if request.role is not None and not self.settings.roles and not knows_models:
-                return
+        if self._knows(request):
             resolve(self.settings, request)
 
     async def _submit(self, requests: list[JobRequest]) -> list[AsyncJob]:
@@ -191,6 +197,12 @@ class AsyncProducer:
         waiting = await store.submit(submissions)
         await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
         return [AsyncJob(self, s.job_id) for s in submissions]
+
+    def _timeouts(self, request: JobRequest) -> Timeouts:
+        """What bounds the job's life in the store: its model's own timeouts too, where the model is known here."""
+        if self._knows(request):
+            return self.settings.timeouts_for(resolve(self.settings, request).config, request.timeouts)
+        return request.timeouts.over(self.settings.timeouts.over(DEFAULT_TIMEOUTS))
 
     def _sender(self) -> Enqueuer:
         if self._enqueuer is None:
@@ -201,7 +213,7 @@ class AsyncProducer:
         return self._enqueuer
 
     async def _submission(self, store: Store, request: JobRequest) -> Submission:
-        timeouts = request.timeouts.over(self.settings.timeouts.over(DEFAULT_TIMEOUTS))
+        timeouts = self._timeouts(request)
         submission = Submission(
             job_id=keys.new_job_id(),
             request=request,
@@ -262,12 +274,17 @@ class AsyncProducer:
         ------
         NotFound
             There is no such job.
+        Closed
+            The producer was closed before the job's end.
         """
         reader = await (await self.hub()).open(job_id, after)
         try:
             async for batch in reader:
                 for frame in batch:
                     yield parse_event(frame.data, frame.id.decode() if frame.id else None)
+            if not reader.over:
+                # Ending here in silence would pass a truncated answer off as a whole one.
+                raise Closed(f"the producer was closed while it followed job {job_id}; the job goes on")
         finally:
             await reader.aclose()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -12,6 +13,7 @@ from promptmill.client.aio import AsyncProducer, Messages
 from promptmill.client.options import RequestOptions
 from promptmill.client.pages import JobPage, Readiness
 from promptmill.contract import Event, Job, JobRequest, JobState, Restart, Token
+from promptmill.errors import Closed
 from promptmill.settings import Settings
 
 T = TypeVar("T")
@@ -75,19 +77,31 @@ class Producer:
         if self._loop.is_closed():
             return
         try:
-            self._run(self._producer.aclose)
+            self._run(self._close)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
 
+    async def _close(self) -> None:
+        await self._producer.aclose()
+        # Other threads may wait for calls of theirs: the loop must not stop under them.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     def _run(self, call: Callable[[], Awaitable[T]]) -> T:
         async def wait() -> T:
             return await call()
 
+        if self._loop.is_closed():
+            raise Closed("the producer was closed")
         future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise Closed("the producer was closed while this call waited") from None
         except BaseException:
             # Ctrl-C here must not leave the call running there.
             future.cancel()
@@ -101,7 +115,8 @@ class Producer:
                 except StopAsyncIteration:
                     return
         finally:
-            self._run(generator.aclose)
+            if not self._loop.is_closed():
+                self._run(generator.aclose)
 
     def submit(
         self, prompt: str | None = None, *, messages: Messages | None = None, **options: Unpack[RequestOptions]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from typing import Annotated, Any, Literal, Self
+import math
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -26,17 +27,30 @@ from promptmill.text import clean_text
 
 Priority = Literal["interactive", "batch"]
 
+METADATA_DEPTH: Final = 64
+"""How deep ``metadata`` may be nested, itself counted."""
+
 
 def _clean(value: Any) -> Any:
     return clean_text(value) if isinstance(value, str) else value
 
 
-def _clean_tree(value: Any) -> Any:
-    """JSON with every string cleaned, keys too; one lone surrogate would make the record unwritable."""
+def _storable(value: Any, depth: int = 1) -> Any:
+    """JSON with every string cleaned, keys too: one lone surrogate would make the record unwritable.
+
+    So would an integer beyond 64 bits. Deep nesting would exhaust the stack of whoever walks it, and NaN would silently
+    become null. All three are refused.
+    """
+    if isinstance(value, dict | list) and depth > METADATA_DEPTH:
+        raise ValueError(f"nested more than {METADATA_DEPTH} levels deep")
     if isinstance(value, dict):
-        return {_clean(k): _clean_tree(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+        return {_clean(k): _storable(v, depth + 1) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
     if isinstance(value, list):
-        return [_clean_tree(v) for v in value]  # pyright: ignore[reportUnknownVariableType]
+        return [_storable(v, depth + 1) for v in value]  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer beyond 64 bits, signed")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number that is not finite")
     return _clean(value)
 
 
@@ -149,7 +163,7 @@ class JobRequest(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     stop: list[Annotated[Text, Field(min_length=1, max_length=1000)]] | None = None
     user: Name = "default"
-    metadata: Annotated[dict[Name, JsonValue], BeforeValidator(_clean_tree)] = Field(default_factory=dict)
+    metadata: Annotated[dict[Name, JsonValue], BeforeValidator(_storable)] = Field(default_factory=dict)
     priority: Priority = "interactive"
     timeouts: Timeouts = Timeouts()
     idempotency_key: Name | None = None

@@ -10,7 +10,7 @@ from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
 from promptmill.settings import Settings
-from promptmill.store.connection import check_server, open_redis, store_errors, where
+from promptmill.store.connection import check_server, open_redis, reason, store_errors, where
 
 _BROKER_S: Final = 5
 
@@ -84,7 +84,7 @@ async def check_broker(settings: Settings) -> list[Check]:
     try:
         await asyncio.to_thread(_connect, settings.broker_url)
     except Exception as err:  # noqa: BLE001 - each of kombu's transports raises errors of its own; all become a finding
-        found = f"{address}: {err or type(err).__name__}"
+        found = f"{address}: {reason(err)}"
         return [Check("reachable", "broker", "fail", found, "see that it runs and that broker_url is right")]
     return [Check("reachable", "broker", "ok", address)]
 

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
 from promptmill.store import EventId, Store
+from promptmill.store.connection import reason
 from promptmill.store.link import Link
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class Hub:
         self._closed = False
 
     async def start(self) -> None:
-        """Begin to connect; does not wait for Redis."""
-        if not self._tasks:
+        """Begin to connect; does not wait for Redis. Does nothing once closed."""
+        if not self._tasks and not self._closed:
             self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
 
     async def aclose(self) -> None:
@@ -145,7 +146,7 @@ class Hub:
             try:
                 link = await Link.connect(self.store.redis, self._received)
             except (RedisError, OSError) as err:
-                logger.warning("pub/sub connection not made: %s", err or type(err).__name__)
+                logger.warning("pub/sub connection not made: %s", reason(err))
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
                 backoff = min(backoff * 2, _BACKOFF_MAX_S)
                 continue

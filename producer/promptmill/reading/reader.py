@@ -55,6 +55,11 @@ class Reader:
         self._channel: Channel | None = None
 
     @property
+    def over(self) -> bool:
+        """True once the job's end was handed out, or was behind the starting point already."""
+        return self._done
+
+    @property
     def last_id(self) -> str | None:
         """The id of the last event that was handed out, to resume from; None before the first."""
         return None if self._last == START else str(self._last)

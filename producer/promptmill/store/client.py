@@ -194,7 +194,9 @@ class Store:
                     ("PEXPIRE", index, max(life + keep, _ms(keys.LIST_TTL))),
                 ]
                 if random.random() < _TRIM_CHANCE:  # noqa: S311 - spreads housekeeping, no secret
-                    trims.append(("ZREMRANGEBYSCORE", index, "-inf", score - (life + keep) * 1000))
+                    trims.append(
+                        ("ZREMRANGEBYSCORE", index, "-inf", score - max(life + keep, _ms(keys.LIST_TTL)) * 1000)
+                    )
         commands.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
         replies = await self.ask(commands + trims)
         return [replies[i * _COMMANDS_PER_SUBMIT + 1][2] == b"queued" for i in range(len(jobs))]
@@ -311,12 +313,18 @@ class Store:
         return reply[0] == b"ok"
 
     async def requeue(
-        self, job_id: str, *, dead_worker: str | None = None, claim: str | None = None, max_crashes: int
+        self,
+        job_id: str,
+        *,
+        dead_worker: str | None = None,
+        claim: str | None = None,
+        max_crashes: int,
+        token: str = "",
     ) -> str:
         """Give a running job back to the queue: because its worker died, or because its holder hands it back.
 
         Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
-        callers gets ``queued`` or ``failed``.
+        callers gets ``queued`` or ``failed``. Repeated with its token it answers as before.
         """
         if dead_worker is not None:
             mode, expected, reason = "dead", dead_worker, "its worker died"
@@ -335,5 +343,6 @@ class Store:
             error.to_json(),
             orjson.dumps({"error": error.model_dump(exclude={"type"}, exclude_none=True)}),
             LOG_TTL_MS,
+            token or keys.new_token(),
         )
         return reply[0].decode()

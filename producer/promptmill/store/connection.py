@@ -63,6 +63,11 @@ def where(url: str) -> str:
     return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
 
 
+def reason(err: BaseException) -> str:
+    """What an exception says, or its name where it says nothing, as timeouts do."""
+    return str(err) or type(err).__name__
+
+
 @contextmanager
 def store_errors(address: str) -> Generator[None]:
     """Turn what redis-py raises into :class:`StoreUnavailable` with advice; leave everything else alone.
@@ -92,7 +97,7 @@ def _explain(err: BaseException, address: str) -> StoreUnavailable:
     if isinstance(err, ReadOnlyError):
         return StoreUnavailable(f"Redis at {address} is a read-only replica")
     if isinstance(err, (ConnectionError, TimeoutError, OSError, asyncio.IncompleteReadError)):
-        return StoreUnavailable(f"Redis at {address} cannot be reached: {err or type(err).__name__}")
+        return StoreUnavailable(f"Redis at {address} cannot be reached: {reason(err)}")
     return StoreUnavailable(f"Redis at {address} answered: {err}")
 
 

@@ -186,10 +186,14 @@ return {'ok', st.epoch}
 """
 
 # ARGV: mode ('dead' | 'handback'), expected (worker | claim token), event, restart event, max crashes, try,
-#       error event, error end, log_ttl_ms
+#       error event, error end, log_ttl_ms, token
 _REQUEUE = """
 local st = load()
 if not st then return {'missing'} end
+if st.req == ARGV[10] then
+  if ended(st.state) then return {'failed', st.epoch} end
+  return {'queued', st.epoch}
+end
 local mine = st.state == 'running'
 if ARGV[1] == 'dead' then mine = mine and st.worker == ARGV[2] else mine = mine and st.claim == ARGV[2] end
 if not mine then return {'not_running', st.state} end
@@ -201,6 +205,7 @@ local tries = {}
 local raw = redis.call('HGET', rec, 'tries')
 if raw and raw ~= '[]' then tries = cjson.decode(raw) end
 local now = advance(st)
+st.req = ARGV[10]
 if ARGV[1] == 'dead' then
   st.crashes = st.crashes + 1
   local try = cjson.decode(ARGV[6])

@@ -27,7 +27,7 @@ class Wire:
     def __init__(self, redis: Any) -> None:
         self._redis = redis
         self._queue: _Queue | None = None
-        self._connecting = asyncio.Lock()
+        self._attempt: asyncio.Task[_Queue] | None = None
 
     async def call(self, *command: bytes | str | int | float) -> Any:
         """One reply. Raises ``ResponseError`` for an error reply, and what :meth:`many` raises."""
@@ -56,18 +56,32 @@ class Wire:
 
         Nothing is sent where there is no connection at the moment.
         """
-        if self._queue is not None and self._queue.open:
+        if commands and self._queue is not None and self._queue.open:
             self._queue.put(commands, None)
 
     async def _connect(self) -> _Queue:
-        async with self._connecting:
-            if self._queue is None or not self._queue.open:
-                await self.aclose()
-                self._queue = await _Queue.start(self._redis)
-            return self._queue
+        """One attempt at a time, whose outcome is everyone's: a server that hangs is waited for once, not in turn."""
+        if self._attempt is None:
+            self._attempt = asyncio.create_task(self._open())
+            self._attempt.add_done_callback(self._attempted)
+        return await asyncio.shield(self._attempt)
+
+    def _attempted(self, attempt: asyncio.Task[_Queue]) -> None:
+        self._attempt = None
+        if not attempt.cancelled():
+            attempt.exception()  # told to whoever waits; nobody may be left
+
+    async def _open(self) -> _Queue:
+        old, self._queue = self._queue, None
+        if old is not None:
+            await old.link.aclose()
+        self._queue = await _Queue.start(self._redis)
+        return self._queue
 
     async def aclose(self) -> None:
         """Close the connection; calls that wait fail. Safe to repeat."""
+        if self._attempt is not None:
+            self._attempt.cancel()
         queue, self._queue = self._queue, None
         if queue is not None:
             await queue.link.aclose()

@@ -1,0 +1,98 @@
+"""Who is declared dead, and who is not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from promptmill import AsyncProducer, keys
+from promptmill.contract import Progress
+from promptmill.enqueue import Enqueuer
+from promptmill.heartbeat import beat, leave, read_beats, ready_workers
+from promptmill.settings import Settings
+from promptmill.store import Claimed, Store
+from promptmill.watch import Watcher
+
+
+@pytest.fixture
+async def watcher(store: Store, settings: Settings):
+    quick = settings.model_copy(update={"heartbeat_s": 0.05, "dead_after_s": 0.2})
+    enqueuer = Enqueuer(settings.queue_url)
+    yield Watcher(store, quick, enqueuer)
+    await enqueuer.aclose()
+
+
+async def held_by(store: Store, producer: AsyncProducer, worker: str) -> str:
+    job = await producer.submit("x", model="echo")
+    assert isinstance(await store.claim(job.id, keys.new_token(), worker, Progress(phase="started")), Claimed)
+    return job.id
+
+
+async def look_for(watcher: Watcher, seconds: float) -> list[str]:
+    dead: list[str] = []
+    end = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < end:
+        dead += await watcher.look()
+        await asyncio.sleep(0.02)
+    return dead
+
+
+async def test_a_counter_that_stands_still_is_a_dead_worker(store, producer, watcher) -> None:
+    worker = keys.new_token()
+    await beat(store, worker, 1, "ready", 0.05)
+    job_id = await held_by(store, producer, worker)
+    assert await look_for(watcher, 0.5) == [worker]
+    assert (await store.get(job_id)).state == "queued"
+    assert not await store.redis.exists(keys.claims(worker))
+    await store.cancel(job_id, "over", "t")
+
+
+async def test_a_watcher_that_was_frozen_itself_begins_to_count_anew(store, producer, watcher) -> None:
+    worker = keys.new_token()
+    await beat(store, worker, 1, "ready", 0.05)
+    job_id = await held_by(store, producer, worker)
+    await watcher.look()
+    await asyncio.sleep(1.3)  # the watcher's own absence is what is tested
+    assert worker not in await watcher.look()
+    assert (await store.get(job_id)).state == "running"
+    await store.cancel(job_id, "over", "t")
+    await leave(store, worker)
+
+
+async def test_a_worker_that_leaves_with_claims_stays_to_be_found(store, producer) -> None:
+    worker = keys.new_token()
+    await beat(store, worker, 1, "ready", 2)
+    job_id = await held_by(store, producer, worker)
+    await leave(store, worker)
+    assert worker in {b.worker for b in (await read_beats(store))[0]}
+    store.forget_claim(job_id, worker)
+    await leave(store, worker)
+    assert worker not in {b.worker for b in (await read_beats(store))[0]}
+    await store.cancel(job_id, "over", "t")
+
+
+async def test_a_draining_or_silent_worker_does_not_make_ready(store) -> None:
+    before = await ready_workers(store)
+    worker = keys.new_token()
+    await beat(store, worker, 1, "draining", 2)
+    assert await ready_workers(store) == before
+    await beat(store, worker, 2, "ready", 2)
+    assert await ready_workers(store) == before + 1
+    await store.redis.hdel(keys.WORKERS, worker)
+
+
+async def test_a_running_jobs_outbox_entry_is_looked_at_again_and_an_ended_ones_is_dropped(
+    store, producer, watcher
+) -> None:
+    job_id = await held_by(store, producer, "w")
+    await store.ask([("PING",)])  # behind what the claim told
+    await store.redis.zadd(keys.OUTBOX, {job_id: 0})
+    await store.redis.delete(keys.SWEEP_LOCK)
+    await watcher.sweep()
+    assert (await store.redis.zscore(keys.OUTBOX, job_id)) > 0
+    await store.cancel(job_id, "over", "t")
+    await store.redis.zadd(keys.OUTBOX, {job_id: 0})
+    await store.redis.delete(keys.SWEEP_LOCK)
+    await watcher.sweep()
+    assert await store.redis.zscore(keys.OUTBOX, job_id) is None
