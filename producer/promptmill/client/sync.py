@@ -62,6 +62,8 @@ class Producer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="promptmill-producer", daemon=True)
         self._producer = AsyncProducer(settings, redis_url=redis_url)
+        self._admitting = threading.Lock()
+        self._closing = False
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -74,10 +76,13 @@ class Producer:
 
     def close(self) -> None:
         """Close every connection and end the thread. Safe to repeat."""
-        if self._loop.is_closed():
-            return
+        with self._admitting:
+            if self._closing:
+                return
+            self._closing = True
+            closed = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
         try:
-            self._run(self._close)
+            closed.result()
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -95,9 +100,11 @@ class Producer:
         async def wait() -> T:
             return await call()
 
-        if self._loop.is_closed():
-            raise Closed("the producer was closed")
-        future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        with self._admitting:
+            # Admitted before close() began, so its clean-up finds this call; afterwards nothing would run it.
+            if self._closing:
+                raise Closed("the producer was closed")
+            future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
         try:
             return future.result()
         except CancelledError:
@@ -115,7 +122,7 @@ class Producer:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self._loop.is_closed():
+            if not self._closing:
                 self._run(generator.aclose)
 
     def submit(
