@@ -89,7 +89,7 @@ class Enqueuer:
             self._retry_at = now + CONNECT_S + ANSWER_S
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._send, messages, trying)
 
-    def _send(self, messages: Sequence[tuple[str, str]], trying: bool) -> int:  # noqa: FBT001 - called by the executor
+    def _send(self, messages: Sequence[tuple[str, str]], trying: bool) -> int:
         if self._retry_at is not None and not trying:
             return 0  # the broker went away while this one stood in line
         rest = deque(messages)
@@ -115,7 +115,7 @@ class Enqueuer:
             try:
                 return int(connection.default_channel.queue_declare(queue=queue, passive=True).message_count)
             except ChannelError as err:
-                if str(err.reply_code) != "404":
+                if str(getattr(err, "reply_code", None)) != "404":
                     raise
                 return 0  # a queue that no one declared yet is empty, not broken
 

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,60 @@ def test_run_streams_while_the_job_runs(shared_up: Up) -> None:
     assert b"cancelled job " in err
     job_id = err.decode().strip().rpartition(" ")[2]
     assert json.loads(shared_up.run("job", "show", job_id, "--json").stdout)["state"] == "cancelled"
+
+
+def unserved() -> socket.socket:
+    """A port that accepts and never answers."""
+    server = socket.create_server(("127.0.0.1", 0))
+    server.settimeout(30)
+    return server
+
+
+@contextmanager
+def submitting(home: Path, config: str) -> Generator[subprocess.Popen[bytes]]:
+    """A `promptmill run` with ``config`` and no `promptmill up`."""
+    (home / "promptmill.toml").write_text(config)
+    process = subprocess.Popen(
+        [*PROMPTMILL, "run", "-m", "echo", "x"],
+        cwd=home,
+        env=environment(home),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_an_interrupt_while_submitting_cancels_the_job_that_was_stored(tmp_path: Path, redis_url: str) -> None:
+    with unserved() as broker:
+        address = f"127.0.0.1:{broker.getsockname()[1]}"
+        config = f'redis_url = "{redis_url}"\nbroker_url = "amqp://{address}//"\n'
+        with submitting(tmp_path, config) as process, broker.accept()[0]:
+            # The broker comes after the store: the job exists, and the submit has not returned.
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "cancelled job " in err.decode()
+    job_id = err.decode().strip().rpartition(" ")[2]
+    shown = promptmill("job", "show", job_id, "--json", home=tmp_path)
+    assert json.loads(shown.stdout)["state"] == "cancelled"
+
+
+def test_a_second_interrupt_while_submitting_gives_up_and_says_that_a_job_may_exist(tmp_path: Path) -> None:
+    with unserved() as store:
+        config = f'redis_url = "redis://127.0.0.1:{store.getsockname()[1]}/0"\n'
+        with submitting(tmp_path, config) as process, store.accept()[0]:
+            process.send_signal(signal.SIGINT)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.decode() == "interrupted while submitting, so a job may exist: `promptmill job list`\n"
 
 
 @pytest.mark.parametrize("arguments", [("-",), ()])

@@ -156,6 +156,22 @@ async def test_a_bad_request_names_what_is_wrong(sent: bytes, code: str, field: 
         assert field is None or fields["field"] == field
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        b'{"n": 100000000000000000000000000000}',
+        b'{"n": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"n": NaN}',
+        b'{"n": [-Infinity]}',
+        b'{"n": 1e999}',
+    ],
+)
+async def test_metadata_that_could_not_be_stored_as_it_is_is_refused(metadata: bytes, redis_url: str) -> None:
+    async with gateway(redis_url) as http:
+        answer = await http.post("/v1/jobs", content=b'{"prompt": "x", "model": "echo", "metadata": %s}' % metadata)
+        assert assert_problem(answer, 400, "bad_request")["field"] == "metadata"
+
+
 async def test_a_body_too_large_is_refused_before_it_has_come(redis_url: str) -> None:
     async with gateway(redis_url, limits=Limits(request_bytes=1000)) as http:
         announced = {"Content-Length": "1001"}

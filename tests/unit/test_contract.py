@@ -7,6 +7,7 @@ import json
 import pickle
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from promptmill.contract import (
     parse_request,
 )
 from promptmill.errors import BadRequest, PromptmillError
+from promptmill.store.head import pack_head
 
 PNG = base64.b64encode(b"\x89PNG....").decode()
 
@@ -35,6 +37,21 @@ def image(**fields: Any) -> dict[str, Any]:
 
 def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A dict whose lists make it so deep."""
+    inner: list[Any] = []
+    for _ in range(depth - 2):
+        inner = [inner]
+    return {"k": inner}
+
+
+def endless() -> dict[str, Any]:
+    """A dict that contains itself."""
+    made: dict[str, Any] = {}
+    made["self"] = made
+    return made
 
 
 @pytest.mark.parametrize(
@@ -57,6 +74,14 @@ def user(content: Any) -> dict[str, Any]:
         ({"prompt": "x", "user": "a\nb"}, "user", "match pattern"),
         ({"prompt": "x", "priority": "high"}, "priority", "'interactive' or 'batch'"),
         ({"prompt": "x", "metadata": {"a": object()}}, "metadata.a", "JSON"),
+        ({"prompt": "x", "metadata": nested(65)}, "metadata", "64 levels"),
+        ({"prompt": "x", "metadata": nested(900)}, "metadata", "64 levels"),
+        ({"prompt": "x", "metadata": endless()}, "metadata", "64 levels"),
+        ({"prompt": "x", "metadata": {"n": 10**29}}, "metadata", "64 bits"),
+        ({"prompt": "x", "metadata": {"n": [2**63]}}, "metadata", "64 bits"),
+        ({"prompt": "x", "metadata": {"n": -(2**63) - 1}}, "metadata", "64 bits"),
+        ({"prompt": "x", "metadata": {"n": float("nan")}}, "metadata", "not finite"),
+        (b'{"prompt": "x", "metadata": {"n": [{"m": 1e999}]}}', "metadata", "not finite"),
         ({"prompt": 3}, "messages.0.content.text", "string"),
         ({"system": "s", "messages": [{"role": "system", "content": "t"}, user("x")]}, "request", "system once"),
         (image(), "messages.0.content.parts.0.image", "data or url"),
@@ -120,6 +145,13 @@ def test_lone_surrogates_are_joined_or_replaced() -> None:
     request = parse_request(rb'{"prompt": "\ud83d\ude00 \ud83d x", "metadata": {"a": ["\udc00"]}}')
     assert request.messages[0].text == "😀 \ufffd x"
     assert request.metadata == {"a": ["\ufffd"]}
+
+
+def test_metadata_at_its_bounds_is_stored_and_read_as_it_was() -> None:
+    metadata = {"n": [2**63 - 1, -(2**63), 1.5e308, True, None, "é"], **nested(64)}
+    request = parse_request({"prompt": "x", "metadata": metadata})
+    assert orjson.loads(pack_head(request, "q"))["metadata"] == metadata
+    assert JobRequest.model_validate_json(request.to_json()).metadata == metadata
 
 
 def test_timeouts_fall_back_one_by_one() -> None:

@@ -10,37 +10,24 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import Any, Final, cast
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
+from promptmill.reading.channel import Channel, Listener
+from promptmill.reading.reader import Reader
 from promptmill.store import EventId, Store
 from promptmill.store.connection import reason
 from promptmill.store.link import Link
-
-if TYPE_CHECKING:
-    from promptmill.reading.reader import Reader
 
 logger = logging.getLogger(__name__)
 
 _PING_EVERY_S: Final = 10.0
 _SILENCE_MAX_S: Final = 25.0
 _BACKOFF_MAX_S: Final = 2.0
-
-
-class Channel:
-    """The readers of one job in this process."""
-
-    __slots__ = ("acked", "name", "readers")
-
-    def __init__(self, name: bytes) -> None:
-        self.name = name
-        self.readers: set[Reader] = set()
-        self.acked = asyncio.Event()
-        """Set while the server has acknowledged the subscription on the present connection."""
 
 
 class Hub:
@@ -95,8 +82,6 @@ class Hub:
         If Redis is away nothing is raised: the reader waits for it, silent but for keepalives, because
         ``EventSource`` gives up for good on an error status.
         """
-        from promptmill.reading.reader import Reader  # noqa: PLC0415 - the two classes know each other
-
         keys.check_job_id(job_id)
         last = EventId.parse(after) if after else None
         try:
@@ -111,7 +96,7 @@ class Hub:
 
     # -- subscriptions ------------------------------------------------------------------------------------------
 
-    def attach(self, reader: Reader) -> Channel:
+    def attach(self, reader: Listener) -> Channel:
         """Add a reader to its job's channel and subscribe where it is the first. ``acked`` says when it counts."""
         name = keys.channel(reader.job_id).encode()
         channel = self._channels.get(name)
@@ -119,9 +104,12 @@ class Hub:
             channel = self._channels[name] = Channel(name)
             self._send(b"SUBSCRIBE", name)
         channel.readers.add(reader)
+        if self._closed:
+            # Opened before the hub closed, read only now: nobody else would end it.
+            reader.stop()
         return channel
 
-    def detach(self, reader: Reader, channel: Channel) -> None:
+    def detach(self, reader: Listener, channel: Channel) -> None:
         """Take a reader off its channel; the last one unsubscribes it, once the subscription was acknowledged."""
         channel.readers.discard(reader)
         # Before its acknowledgement a channel is kept: the acknowledgement could be taken for a later subscription's.

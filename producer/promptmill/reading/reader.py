@@ -10,16 +10,14 @@ import asyncio
 import logging
 import random
 from collections import deque
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 import orjson
 
 from promptmill.errors import StoreUnavailable
+from promptmill.reading.channel import Channel, Subscriptions
 from promptmill.reading.frame import END_TYPES, Frame, frame
 from promptmill.store import START, EventId, Record
-
-if TYPE_CHECKING:
-    from promptmill.reading.hub import Channel, Hub
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ class Reader:
     whatever happens to its connection; while Redis is away nothing comes but empty batches.
     """
 
-    def __init__(self, hub: Hub, job_id: str, after: EventId | None, record: Record | None) -> None:
+    def __init__(self, hub: Subscriptions, job_id: str, after: EventId | None, record: Record | None) -> None:
         self.job_id = job_id
         self.user = record.user if record else None
         """The job's owner; None while Redis is away."""
