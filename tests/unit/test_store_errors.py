@@ -8,7 +8,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from promptmill.errors import StoreUnavailable
-from promptmill.store.connection import store_errors
+from promptmill.store.connection import check_server, store_errors
 
 
 async def swallowing(fails: bool) -> None:
@@ -46,3 +46,28 @@ async def test_clean_up_in_a_cancelled_task_may_use_the_store() -> None:
     await asyncio.sleep(0)
     task.cancel()
     assert await task == "clean"
+
+
+class OldServer:
+    """A server that says which version it is."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    async def info(self, section: str) -> dict[str, str]:
+        assert section == "server"
+        return {"redis_version": self.version}
+
+
+@pytest.mark.parametrize("version", ["6.2.14", "5.0", "2.8.24"])
+async def test_a_server_that_is_too_old_is_refused_with_what_is_needed(version: str) -> None:
+    with pytest.raises(StoreUnavailable) as caught:
+        await check_server(OldServer(version), "somewhere:6379")  # type: ignore[arg-type]
+    assert version in caught.value.message
+    assert "7.0" in caught.value.message
+    assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("version", ["7.0.0", "7.2.4", "8.0", "10.1.2"])
+async def test_a_server_that_is_new_enough_passes(version: str) -> None:
+    assert (await check_server(OldServer(version), "somewhere:6379"))["redis_version"] == version  # type: ignore[arg-type]
