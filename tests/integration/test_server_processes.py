@@ -105,8 +105,11 @@ async def test_the_second_signal_ends_the_process_at_once(redis_url: str) -> Non
         async with request(running.port, "/healthz") as answer:
             assert answer.status == 200
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.stderr is not None
-        assert b"stopping" in await running.process.stderr.readline()
+        stderr = running.process.stderr
+        assert stderr is not None
+        async with asyncio.timeout(10):
+            while b"stopping" not in await stderr.readline():
+                continue
         running.process.send_signal(signal.SIGTERM)
         code, seconds = await running.end()
         assert code == 128 + signal.SIGTERM

@@ -29,7 +29,7 @@ EXIT_BROKEN: Final = 7
 """A part of the process ended by itself: the supervisor starts a new one."""
 
 _WATCH_S: Final = 1.0
-_CONSUMER_STOP_S: Final = 10.0
+_CONSUMER_STOP_S: Final = 3.0
 _ONE_WISH_S: Final = 0.2
 
 
@@ -49,8 +49,12 @@ def run_worker(settings: Settings, name: str) -> int:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_without_foreign_traces)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_main(settings, name))
-    # A thread of Celery's that did not end in time must not keep the process.
+        return runner.run(_to_the_end(settings, name))
+
+
+async def _to_the_end(settings: Settings, name: str) -> int:
+    code = await _main(settings, name)
+    # From here, before anything joins threads: one of Celery's that does not end must not keep the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -86,7 +90,7 @@ async def _main(settings: Settings, name: str) -> int:
         await asyncio.gather(drain, return_exceptions=True)
         await engine.hand_back()
     again.cancel()
-    # Bounded: Celery waits for its threads without limit, and the process ends by itself afterwards.
+    # Bounded: Celery waits for its threads without limit, and nothing runs in them any more.
     await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
     logger.info("worker %s ended", engine.worker_id)

@@ -214,11 +214,12 @@ def _late(record: Record, last: EventId, end_id: EventId) -> list[Frame]:
     token, end = record.late_events()
     batch: list[Frame] = []
     text_id = EventId(end_id.epoch, 0)
-    if token is not None and last < text_id and not record.seen_all(last):
+    if last < text_id and not record.seen_all(last) and not record.end.get("untold"):
         if last != START:
             # Without an id: a reader cut off right here resumes from where it was and gets this again.
             restart = {"type": "restart", "reason": "the log is no longer stored; the text follows whole"}
             batch.append(frame(None, orjson.dumps(restart)))
-        batch.append(frame(bytes(text_id), token))
+        if token is not None:
+            batch.append(frame(bytes(text_id), token))
     batch.append(frame(bytes(end_id), end))
     return batch

@@ -63,7 +63,11 @@ local function keep(st)
 end
 -- What readers saw stays readable: the tokens since the last restart, joined, are the stored text of every end.
 local function with_text(result)
-  if redis.call('XLEN', log) > TEXT_MAX then return result end
+  if redis.call('XLEN', log) > TEXT_MAX then
+    local packed = cjson.decode(result)
+    packed.untold = true
+    return cjson.encode(packed)
+  end
   local parts = {}
   for _, entry in ipairs(redis.call('XRANGE', log, '-', '+')) do
     local payload = entry[2][2]
