@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -21,6 +22,10 @@ class Teller:
     def __init__(self) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)
         self._dropped = 0
+        try:
+            self._fd: int | None = sys.stderr.fileno()
+        except (OSError, ValueError):
+            self._fd = None  # replaced by something that is no file
         self._thread = threading.Thread(target=self._write, name="teller", daemon=True)
         self._thread.start()
 
@@ -39,14 +44,23 @@ class Teller:
             return
         self._thread.join(_CLOSE_S)
 
+    def _put(self, text: str) -> None:
+        if self._fd is None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            return
+        # Past sys.stderr: whoever flushes it at the process's end would wait for the lock that a blocked write holds.
+        data = text.encode(errors="replace")
+        while data:
+            data = data[os.write(self._fd, data) :]
+
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             dropped, self._dropped = self._dropped, 0
             try:
                 if dropped:
-                    sys.stderr.write(f"({dropped} lines dropped: standard error was not read)\n")
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
+                    self._put(f"({dropped} lines dropped: standard error was not read)\n")
+                self._put(line + "\n")
             except (OSError, ValueError):
                 # The terminal is gone. What runs must go on all the same, or end in order.
                 continue
