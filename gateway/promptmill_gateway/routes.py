@@ -185,7 +185,13 @@ class HealthRoutes:
         except PromptmillError as err:
             answer = Ready(ready=False, reason=err.message, workers=0)
         else:
-            answer = Ready(ready=found.ok, reason=found.reason, workers=found.workers)
+            answer = Ready(
+                ready=found.ok,
+                reason=found.reason,
+                workers=found.workers,
+                families=found.families,
+                paused=found.paused,
+            )
         return _json(answer.model_dump_json(), 200 if answer.ready else 503)
 
 

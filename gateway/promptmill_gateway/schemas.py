@@ -38,11 +38,16 @@ class Health(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether a job submitted now can be claimed; ``reason`` says why not, ``workers`` counts those that can claim."""
+    """Whether a job submitted now can be claimed; ``reason`` says why not, ``workers`` counts those that can claim.
+
+    ``families`` counts them by family; ``paused`` are models that are not asked until their login is renewed.
+    """
 
     ready: bool
     reason: str
     workers: int
+    families: dict[str, int] = Field(default_factory=dict)
+    paused: list[str] = Field(default_factory=list)
 
 
 class Problem(BaseModel):

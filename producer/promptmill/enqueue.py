@@ -19,7 +19,7 @@ from celery import Celery
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from promptmill.queues import QUEUES, TASK_NAME
+from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def make_app(broker_url: str) -> Any:
         },
         task_ignore_result=True,
         task_serializer="json",
-        task_default_queue=QUEUES[0],
+        task_default_queue=queues_of(API_FAMILY)[0],
         worker_enable_remote_control=True,
     )
     return app

@@ -6,12 +6,13 @@ are Redis's own, so clocks of different machines are never compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import orjson
 
 from promptmill import keys
+from promptmill.queues import API_FAMILY
 from promptmill.store import Store
 from promptmill.store.connection import store_errors
 from promptmill.store.scripts import Script
@@ -35,7 +36,11 @@ return 1
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """One heartbeat. ``count`` rises with each; ``at_ms`` is Redis's time; ``every_s`` the worker's own period."""
+    """One heartbeat. ``count`` rises with each; ``at_ms`` is Redis's time; ``every_s`` the worker's own period.
+
+    ``family`` is whose queues it serves, ``level`` how it keeps programs together (None: it has run none), ``paused``
+    the models that it does not ask until their login is renewed.
+    """
 
     worker: str
     count: int
@@ -44,13 +49,16 @@ class Beat:
     at_ms: int
     running: int = 0
     concurrency: int = 0
+    family: str = API_FAMILY
+    level: str | None = None
+    paused: list[str] = field(default_factory=list[str])
 
     def fresh(self, now_ms: int) -> bool:
         """True where the last beat is younger than three periods."""
         return now_ms - self.at_ms < self.every_s * 3000 + 1000
 
 
-async def beat(store: Store, worker: str, count: int, state: WorkerState, every_s: float, **facts: int) -> None:
+async def beat(store: Store, worker: str, count: int, state: WorkerState, every_s: float, **facts: Any) -> None:
     """Record a heartbeat and renew the worker's set of claims. Raises StoreUnavailable."""
     data = orjson.dumps({"n": count, "state": state, "every": every_s, **facts})
     args = (worker, data, int(keys.WORKERS_TTL.total_seconds()))
@@ -100,10 +108,13 @@ def _read(worker: str, data: dict[str, Any]) -> Beat:
         int(data.get("at", 0)),
         int(data.get("running", 0)),
         int(data.get("concurrency", 0)),
+        data.get("family", API_FAMILY),
+        data.get("level"),
+        list(data.get("paused", ())),
     )
 
 
-async def ready_workers(store: Store) -> int:
-    """How many workers can claim a job now."""
+async def ready_workers(store: Store) -> list[Beat]:
+    """The workers that can claim a job now."""
     beats, now_ms = await read_beats(store)
-    return sum(1 for b in beats if b.state == "ready" and b.fresh(now_ms))
+    return [b for b in beats if b.state == "ready" and b.fresh(now_ms)]

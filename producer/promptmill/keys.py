@@ -15,6 +15,7 @@ key                          type      written by                  read by      
 ``pm:sweep``                 string    sweep                       sweep                       one heartbeat period
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
 ``pm:worker:W``              channel   cancel script               worker W                    -
+``pm:operators``             channel   workers                     operators                   -
 ``pm:jobs``                  zset      submit                      list                        30 days or more, renewed
 ``pm:user:U:jobs``           zset      submit                      list                        30 days or more, renewed
 ``pm:idem:H``                string    submit                      submit                      life + retention
@@ -41,6 +42,8 @@ WORKERS: Final = "pm:workers"
 ALL_JOBS: Final = "pm:jobs"
 SWEEP_LOCK: Final = "pm:sweep"
 SIGNING_KEY: Final = "pm:signing-key"
+OPERATORS: Final = "pm:operators"
+"""Where operators hear of what only a person can mend: JSON objects with an ``event`` and more."""
 
 INDEX_TTL: Final = timedelta(days=7)
 LIST_TTL: Final = timedelta(days=30)

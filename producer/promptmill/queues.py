@@ -8,10 +8,16 @@ from promptmill.contract import Priority
 
 TASK_NAME: Final = "promptmill.complete"
 
-QUEUES: Final = ("promptmill.api", "promptmill.api.batch")
-"""The queues of the API family, first served first."""
+API_FAMILY: Final = "api"
+"""Backends that only wait for a server; thousands share a worker process."""
 
 
-def queue_for(priority: Priority) -> str:
+def queues_of(family: str) -> tuple[str, str]:
+    """The queues of a family, first served first."""
+    return f"promptmill.{family}", f"promptmill.{family}.batch"
+
+
+def queue_for(priority: Priority, family: str) -> str:
     """The queue that a job's message goes to."""
-    return QUEUES[0] if priority == "interactive" else QUEUES[1]
+    interactive, batch = queues_of(family)
+    return interactive if priority == "interactive" else batch

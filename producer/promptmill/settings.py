@@ -26,15 +26,27 @@ from pydantic_settings import (
 
 from promptmill.contract import Limits, Timeouts
 from promptmill.errors import ConfigError
+from promptmill.queues import API_FAMILY
 
 DEFAULT_FILE: Final = "promptmill.toml"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
-BUILTIN_BACKENDS: Final = frozenset({"anthropic_api", "local_openai", "echo"})
+FAMILIES: Final = {
+    "anthropic_api": API_FAMILY,
+    "claude_cli": "claude",
+    "echo": API_FAMILY,
+    "gemini_api": API_FAMILY,
+    "gemini_cli": "gemini",
+    "local_openai": API_FAMILY,
+}
+"""The built-in backends, and the family of workers that each belongs to. Others belong to the API family."""
+PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini"})
+PROGRAM_CONCURRENCY: Final = 8
 _NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
 _SLOT: Final = re.compile(r"^(primary|backup_[1-9][0-9]?)$")
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 ModelName = Annotated[str, Field(pattern=_NAME)]
+FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 DEFAULT_TIMEOUTS: Final = Timeouts(queue_s=3600, connect_s=10, first_token_s=120, idle_s=60, total_s=900)
@@ -58,15 +70,19 @@ class ModelConfig(_Part):
     api_key_file: Path | None = None
     host_type: Literal["openai", "openwebui"] = "openai"
     timeouts: Timeouts = Timeouts()
+    family: FamilyName | None = None
+    """Which workers run it; None is the family of its type. Any name makes a family of its own."""
+    isolation: Literal["none", "process"] = "none"
+    """``process`` runs each call in a guarded process of its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What only this type of backend knows; checked by the backend."""
 
     @field_validator("type")
     @classmethod
     def _known_type(cls, value: str) -> str:
-        if value in BUILTIN_BACKENDS:
+        if value in FAMILIES:
             return value  # reading the entry points of everything installed takes tens of milliseconds
-        known = BUILTIN_BACKENDS | {e.name for e in metadata.entry_points(group="promptmill.backends")}
+        known = FAMILIES.keys() | {e.name for e in metadata.entry_points(group="promptmill.backends")}
         if value not in known:
             raise ValueError(f"unknown backend type {value!r}; known: {', '.join(sorted(known))}")
         return value
@@ -84,11 +100,16 @@ class ModelConfig(_Part):
     def _complete(self) -> Self:
         if self.type == "local_openai" and not self.api_url:
             raise ValueError("local_openai needs api_url")
-        if self.type in {"local_openai", "anthropic_api"} and not self.model_name:
+        if self.type in {"local_openai", "anthropic_api", "gemini_api", "gemini_cli"} and not self.model_name:
             raise ValueError(f"{self.type} needs model_name")
         if self.api_key_env and self.api_key_file:
             raise ValueError("give api_key_env or api_key_file, not both")
         return self
+
+    @property
+    def worker_family(self) -> str:
+        """The family of workers that runs it: its queue is theirs."""
+        return self.family or FAMILIES.get(self.type, API_FAMILY)
 
     def secret(self) -> str | None:
         """The key, read now; None where none is configured. Never print, log or store it.
@@ -102,6 +123,13 @@ class ModelConfig(_Part):
 
 
 _ECHO: Final = ModelConfig(type="echo")
+
+
+class FamilyConfig(_Part):
+    """How a family of workers is sized; see :meth:`Settings.workers_of` and :meth:`Settings.concurrency_of`."""
+
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    concurrency: Annotated[int, Field(gt=0, le=10_000)] | None = None
 
 
 class ApiKey(_Part):
@@ -163,6 +191,12 @@ class Settings(BaseSettings):
 
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     concurrency: Annotated[int, Field(gt=0, le=10_000)] = 1000
+    families: dict[FamilyName, FamilyConfig] = Field(default_factory=dict)
+    """Sizes by family, over ``workers`` and ``concurrency``."""
+    loop_stall_s: PositiveSeconds = 30
+    """A worker process whose event loop has not turned for so long is ended; its jobs are picked up elsewhere."""
+    guard_level: Literal["auto", "pidns", "cgroup", "subreaper", "group"] = "auto"
+    """How programs are kept together; ``auto`` is the best that the machine permits, shown by ``promptmill doctor``."""
     drain_s: Annotated[float, Field(ge=0)] = 30
     heartbeat_s: PositiveSeconds = 2
     dead_after_s: PositiveSeconds = 10
@@ -219,6 +253,27 @@ class Settings(BaseSettings):
     def registry(self) -> dict[str, ModelConfig]:
         """The configured models, and ``echo``, which needs no provider and is always there."""
         return {"echo": _ECHO, **self.models}
+
+    @property
+    def served_families(self) -> list[str]:
+        """The families that the configured models need, the API family first; it is always among them."""
+        return list(dict.fromkeys([API_FAMILY, *(m.worker_family for m in self.models.values())]))
+
+    def workers_of(self, family: str) -> int:
+        """How many worker processes ``promptmill up`` runs for a family: its own setting, else ``workers`` for the API
+        family, else one (none where ``workers`` is 0)."""
+        own = self.families.get(family, FamilyConfig()).workers
+        if own is not None:
+            return own
+        return self.workers if family == API_FAMILY else min(self.workers, 1)
+
+    def concurrency_of(self, family: str) -> int:
+        """How many jobs one worker process of a family runs at once: its own setting, else 8 for programs, which take
+        200 to 400 MB each, else ``concurrency``."""
+        own = self.families.get(family, FamilyConfig()).concurrency
+        if own is not None:
+            return own
+        return PROGRAM_CONCURRENCY if family in PROGRAM_FAMILIES else self.concurrency
 
     @property
     def store_url(self) -> str:

@@ -96,9 +96,17 @@ class Watcher:
         self._seen.pop(gone.worker, None)
 
     async def release(
-        self, job_ids: list[str], *, dead_worker: str | None = None, claims: dict[str, str] | None = None
+        self,
+        job_ids: list[str],
+        *,
+        dead_worker: str | None = None,
+        claims: dict[str, str] | None = None,
+        queue: str = "",
+        reason: str = "its worker is shutting down",
     ) -> list[str]:
         """Requeue jobs of a dead worker, or those that their holder hands back (``claims``: job id to token).
+
+        A holder may hand them to another ``queue``.
 
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
@@ -111,7 +119,12 @@ class Watcher:
             with store_errors(self._store.address):
                 await self._store.ask(wait)
             outcome = await self._store.requeue(
-                job_id, dead_worker=dead_worker, claim=(claims or {}).get(job_id), max_crashes=MAX_CRASHES
+                job_id,
+                dead_worker=dead_worker,
+                claim=(claims or {}).get(job_id),
+                max_crashes=MAX_CRASHES,
+                queue=queue,
+                reason=reason,
             )
             # Again: a sweep that looked in between saw a running job.
             self._store.wire.tell(wait if outcome == "queued" else [])
@@ -119,7 +132,7 @@ class Watcher:
             if outcome == "queued":
                 record = await self._store.find(job_id)
                 if record is not None:
-                    queued.append((job_id, record.head["queue"]))
+                    queued.append((job_id, record.queue))
         if queued:
             await self._enqueuer.send(queued)
         return [job_id for job_id, _ in queued]
@@ -172,7 +185,7 @@ class Watcher:
             elif now_ms - record.st["queued"] < _GRACE_MS:
                 later[job_id] = _next_look(record, record.st["queued"] + _GRACE_MS)
             else:
-                waiting[record.head["queue"]].append(record)
+                waiting[record.queue].append(record)
         sent = 0
         for queue, lost in waiting.items():
             sent += await self._resend(queue, lost, now_ms, later)

@@ -229,7 +229,7 @@ def test_doctor_finds_what_runs_and_what_does_not(shared_up: Up, tmp_path: Path)
     assert report["ok"] is True
     assert found["redis"]["status"] == "ok"
     assert found["redis appendonly"]["status"] == "ok"
-    assert found["workers"]["found"] == "1 can claim jobs"
+    assert found["workers api"]["found"] == "1 can claim jobs"
     assert shared_up.about["url"] in found["promptmill up"]["found"]
     assert shared_up.about["redis_url"] not in done.stdout
 

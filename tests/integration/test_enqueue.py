@@ -19,11 +19,11 @@ import redis
 from promptmill import enqueue
 from promptmill.enqueue import Enqueuer
 from promptmill.keys import new_job_id
-from promptmill.queues import QUEUES
+from promptmill.queues import API_FAMILY, queues_of
 from tests.support.processes import wait_until
 from tests.support.store import StoreServer, running_store
 
-QUEUE = QUEUES[0]
+QUEUE = queues_of(API_FAMILY)[0]
 SCHEMES = ("redis", "amqp")
 
 

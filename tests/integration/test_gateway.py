@@ -333,7 +333,7 @@ async def test_health_is_told_without_the_store_and_readiness_with_its_reason(re
     async with gateway(redis_url) as http:
         assert (await http.get("/healthz")).json() == {"status": "ok"}
         ready = await http.get("/readyz")
-        assert ready.json().keys() == {"ready", "reason", "workers"}
+        assert ready.json().keys() == {"ready", "reason", "workers", "families", "paused"}
         assert ready.status_code == (200 if ready.json()["ready"] else 503)
 
 

@@ -73,12 +73,12 @@ async def test_a_worker_that_leaves_with_claims_stays_to_be_found(store, produce
 
 
 async def test_a_draining_or_silent_worker_does_not_make_ready(store) -> None:
-    before = await ready_workers(store)
+    before = len(await ready_workers(store))
     worker = keys.new_token()
     await beat(store, worker, 1, "draining", 2)
-    assert await ready_workers(store) == before
+    assert len(await ready_workers(store)) == before
     await beat(store, worker, 2, "ready", 2)
-    assert await ready_workers(store) == before + 1
+    assert len(await ready_workers(store)) == before + 1
     await store.redis.hdel(keys.WORKERS, worker)
 
 

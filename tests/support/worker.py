@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +18,16 @@ from tests.support.processes import wait_until
 class WorkerProcess:
     """``python -m promptmill_workers`` with a configuration file; its output goes to ``log``."""
 
-    def __init__(self, config: Path, name: str, log: Path) -> None:
+    def __init__(
+        self, config: Path, name: str, log: Path, family: str = "api", env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.log = log
         self._out = log.open("ab")
-        command = [sys.executable, "-m", "promptmill_workers", "--name", name, "--config", str(config)]
-        self.process = subprocess.Popen(command, stdout=self._out, stderr=self._out)
+        command = [sys.executable, "-m", "promptmill_workers", "--name", name, "--family", family]
+        self.process = subprocess.Popen(
+            [*command, "--config", str(config)], stdout=self._out, stderr=self._out, env={**os.environ, **(env or {})}
+        )
 
     @property
     def pid(self) -> int:
@@ -65,9 +69,11 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker_process(config: Path, name: str = "worker") -> Generator[WorkerProcess]:
-    """A worker that ends with the block."""
-    worker = WorkerProcess(config, name, config.with_suffix(f".{name}.log"))
+def worker_process(
+    config: Path, name: str = "worker", family: str = "api", env: Mapping[str, str] | None = None
+) -> Generator[WorkerProcess]:
+    """A worker that ends with the block. ``env`` comes on top of this process's environment."""
+    worker = WorkerProcess(config, name, config.with_suffix(f".{name}.log"), family, env)
     try:
         yield worker
     finally:

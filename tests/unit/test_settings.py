@@ -68,7 +68,7 @@ def test_the_file_is_found_by_variable_and_in_the_working_directory(tmp_path: Pa
         ("prot = 80", "prot", "no such setting"),
         ('redis_url = "http://x"', "redis_url", "redis://"),
         ('broker_url = "kafka://x"', "broker_url", "amqp://"),
-        ('[models.a]\ntype = "gpt"', "models.a.type", "known: anthropic_api, echo, local_openai"),
+        ('[models.a]\ntype = "gpt"', "models.a.type", "known: anthropic_api, claude_cli, echo, gemini_api, gemini_cli, local_openai"),
         ('[models.a]\ntype = "local_openai"\nmodel_name = "m"', "models.a", "needs api_url"),
         ('[models.a]\ntype = "anthropic_api"', "models.a", "needs model_name"),
         ('[models.a]\ntype = "echo"\napi_url = "ftp://x"', "models.a.api_url", "http://"),

@@ -6,9 +6,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Final
 
-from promptmill.contract import JobRequest, Usage
+from promptmill.contract import JobRequest, Restart, Usage
 from promptmill.errors import BackendError
-from promptmill_workers.backends.base import Backend, Call, Finished, TextDelta, UsageUpdate
+from promptmill_workers.backends.base import Backend, Call, Finished, StartedAnew, TextDelta, UsageUpdate
 from promptmill_workers.deadlines import Deadlines
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.writer import Writer
@@ -33,6 +33,8 @@ class Progressing:
 
     parts: list[str] = field(default_factory=list[str])
     usage: Usage | None = None
+    cost_usd: float | None = None
+    """What the provider says that it cost."""
     finished: Finished | None = None
 
     @property
@@ -65,7 +67,11 @@ async def stream(backend: Backend, call: Call, log: JobLog, writer: Writer, into
                     await log.wait_for_room()
                     deadlines.touch()
             elif isinstance(item, UsageUpdate):
-                into.usage = item.usage
+                into.usage, into.cost_usd = item.usage, item.cost_usd
+            elif isinstance(item, StartedAnew):
+                parts.clear()
+                log.add_event(Restart(reason=item.reason, attempt=call.attempt).to_json())
+                mark(log)
             else:
                 into.finished = item
     if into.finished is None:

@@ -19,7 +19,7 @@ from celery.worker.request import Request
 from kombu.entity import Queue
 
 from promptmill.enqueue import make_app
-from promptmill.queues import QUEUES, TASK_NAME
+from promptmill.queues import TASK_NAME, queues_of
 from promptmill.settings import Settings
 from promptmill_workers.engine import Engine
 
@@ -38,7 +38,8 @@ class Consumer:
     """A Celery worker in a thread of its own; ``on_ready`` is called there once it consumes."""
 
     def __init__(self, engine: Engine, settings: Settings, on_ready: Callable[[], None]) -> None:
-        self._app = self._make_app(engine, settings)
+        self._queues = queues_of(engine.family)
+        self._app = self._make_app(engine, settings, self._queues)
         self._on_ready = on_ready
         self._controller: Any = WorkController(
             app=self._app,
@@ -46,7 +47,7 @@ class Consumer:
             pool_cls="threads",
             concurrency=settings.concurrency,
             loglevel=settings.log_level.upper(),
-            queues=",".join(QUEUES),
+            queues=",".join(self._queues),
             without_heartbeat=True,
             without_mingle=True,
             without_gossip=True,
@@ -56,12 +57,12 @@ class Consumer:
         self.failed = False
 
     @staticmethod
-    def _make_app(engine: Engine, settings: Settings) -> Any:
+    def _make_app(engine: Engine, settings: Settings, queues: tuple[str, ...]) -> Any:
         app = make_app(settings.queue_url)
         # On AMQP the bound on unacknowledged messages is the only one there is.
         unacknowledged = not settings.queue_url.startswith("amqp")
         app.conf.update(
-            task_queues=[Queue(name, routing_key=name, no_ack=unacknowledged) for name in QUEUES],
+            task_queues=[Queue(name, routing_key=name, no_ack=unacknowledged) for name in queues],
             task_acks_late=False,
             worker_disable_prefetch=True,
             worker_prefetch_multiplier=1,
@@ -74,7 +75,7 @@ class Consumer:
         @app.task(name=TASK_NAME, bind=True, ignore_result=True, Request=_Hint if unacknowledged else Request)
         def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
             delivery: dict[str, Any] = task.request.delivery_info or {}
-            engine.serve(job_id, delivery.get("routing_key") or QUEUES[0])
+            engine.serve(job_id, delivery.get("routing_key") or queues[0])
 
         return app
 
@@ -95,7 +96,7 @@ class Consumer:
     def pause(self) -> None:
         """Take no more messages. Returns at once; a message already popped may still arrive."""
         consumer = self._controller.consumer
-        for queue in QUEUES:
+        for queue in self._queues:
             consumer.call_soon(consumer.cancel_task_queue, queue)
 
     def stop(self) -> bool:

@@ -17,6 +17,7 @@ from promptmill import keys
 from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
 from promptmill.heartbeat import WorkerState, beat, leave
+from promptmill.queues import API_FAMILY
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.store.connection import reason, store_errors
@@ -43,8 +44,9 @@ class Engine:
     Call everything from its loop, but :meth:`serve`, which Celery's threads call.
     """
 
-    def __init__(self, settings: Settings, name: str) -> None:
+    def __init__(self, settings: Settings, name: str, family: str) -> None:
         self.settings = settings
+        self.family = family
         self.worker_id = new_worker_id(name)
         self.state: WorkerState = "starting"
         self._loop = asyncio.get_running_loop()
@@ -57,17 +59,17 @@ class Engine:
         self._handing_back: dict[str, str] = {}
 
     @classmethod
-    async def start(cls, settings: Settings, name: str) -> Engine:
+    async def start(cls, settings: Settings, name: str, family: str = API_FAMILY) -> Engine:
         """Connect and begin to beat. Raises StoreUnavailable where Redis is not there or not usable."""
-        engine = cls(settings, name)
+        engine = cls(settings, name, family)
         engine.store = await Store.connect(settings.store_url, max_connections=16)
         await engine.store.load_scripts()
         engine.enqueuer = Enqueuer(settings.queue_url)
         engine.writer = Writer(engine.store.wire)
         engine.writer.start()
-        engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id)
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
-        await asyncio.to_thread(engine.runner.backends.load, settings)
+        engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
+        await asyncio.to_thread(engine.runner.backends.load, settings, family)
         await engine._beat()
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),
@@ -147,6 +149,8 @@ class Engine:
             running=running,
             concurrency=self.settings.concurrency,
             pid=os.getpid(),
+            family=self.family,
+            paused=self.runner.pauses.names,
         )
         self._beaten_at = self._loop.time()
 

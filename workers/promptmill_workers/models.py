@@ -7,8 +7,8 @@ import logging
 from promptmill.errors import BackendError, ConfigError, MissingExtra
 from promptmill.routing import Route
 from promptmill.settings import Settings
-from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend
+from promptmill_workers.isolated import make_backend
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +19,15 @@ class Backends:
     def __init__(self) -> None:
         self._made: dict[str, Backend] = {}
 
-    def load(self, settings: Settings) -> None:
-        """Make every configured one. Blocks for seconds where a provider's SDK is imported: call it from a thread.
+    def load(self, settings: Settings, family: str) -> None:
+        """Make those that this family of workers runs.
 
+        Blocks for seconds where a provider's SDK is imported: call it from a thread.
         One that cannot be made is only logged: the other models work, and its jobs say why theirs does not.
         """
         for name, config in settings.registry.items():
+            if config.worker_family != family:
+                continue
             try:
                 self.get(Route(name, config))
             except BackendError as err:
@@ -41,7 +44,7 @@ class Backends:
         backend = self._made.get(route.name)
         if backend is None:
             try:
-                backend = load_backend(route.name, route.config)
+                backend = make_backend(route.name, route.config)
             except (ConfigError, MissingExtra) as err:
                 raise BackendError(f"model {route.name!r}: {err}", code="bad_request") from err
             self._made[route.name] = backend

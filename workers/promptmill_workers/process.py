@@ -21,6 +21,7 @@ from promptmill.settings import Settings
 from promptmill.tuning import tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
+from promptmill_workers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ _CONSUMER_STOP_S: Final = 3.0
 _ONE_WISH_S: Final = 0.2
 
 
-def run_worker(settings: Settings, name: str) -> int:
-    """Run a worker until it is told to stop; answers the exit code.
+def run_worker(settings: Settings, name: str, family: str) -> int:
+    """Run a worker of ``family`` until it is told to stop; answers the exit code.
 
     Raises
     ------
@@ -49,11 +50,11 @@ def run_worker(settings: Settings, name: str) -> int:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_without_foreign_traces)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_to_the_end(settings, name))
+        return runner.run(_to_the_end(settings, name, family))
 
 
-async def _to_the_end(settings: Settings, name: str) -> int:
-    code = await _main(settings, name)
+async def _to_the_end(settings: Settings, name: str, family: str) -> int:
+    code = await _main(settings, name, family)
     # From here, before anything joins threads: one of Celery's that does not end must not keep the process.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -69,16 +70,18 @@ def _without_foreign_traces(record: logging.LogRecord) -> bool:
     return True
 
 
-async def _main(settings: Settings, name: str) -> int:
+async def _main(settings: Settings, name: str, family: str) -> int:
     loop = asyncio.get_running_loop()
     terms: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, terms.put_nowait, number)
-    engine = await Engine.start(settings, name)
+    engine = await Engine.start(settings, name, family)
+    watchdog = Watchdog(settings.loop_stall_s)
+    watchdog.start()
     consumer = Consumer(engine, settings, lambda: _call_soon(loop, engine))
     tune_interpreter()
     consumer.start()
-    logger.info("worker %s started, concurrency %d", engine.worker_id, settings.concurrency)
+    logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, family, settings.concurrency)
     code = await _until_stopped(engine, consumer, terms)
     consumer.pause()
     drain = asyncio.create_task(engine.drain(settings.drain_s))
@@ -93,6 +96,7 @@ async def _main(settings: Settings, name: str) -> int:
     # Bounded: Celery waits for its threads without limit, and nothing runs in them any more.
     await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
+    watchdog.stop()
     logger.info("worker %s ended", engine.worker_id)
     return code
 

@@ -13,17 +13,22 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeVar
 
+import orjson
+
 from promptmill import keys
 from promptmill.contract import Done, Error, ErrorInfo, JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
+from promptmill.queues import queue_for
 from promptmill.routing import Route, resolve
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.head import record_ttl_ms
+from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing, estimated_usage, stream
 from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
+from promptmill_workers.pauses import Pauses
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -62,18 +67,26 @@ class RunningJob:
 class Runner:
     """Runs jobs of one worker process. Use from its event loop."""
 
-    def __init__(self, store: Store, writer: Writer, settings: Settings, worker_id: str) -> None:
+    def __init__(
+        self, store: Store, writer: Writer, settings: Settings, worker_id: str, family: str, watcher: Watcher
+    ) -> None:
         self._store = store
+        self._family = family
+        self._watcher = watcher
         self._writer = writer
         self._settings = settings
         self._worker_id = worker_id
         self.backends = Backends()
+        self.pauses = Pauses(self._tell_operators)
         self.running: dict[str, RunningJob] = {}
         writer.on_fenced = self._on_fenced
 
     async def aclose(self) -> None:
         """Close the backends' connections."""
         await self.backends.aclose()
+
+    def _tell_operators(self, event: dict[str, Any]) -> None:
+        self._store.wire.tell([("PUBLISH", keys.OPERATORS, orjson.dumps(event))])
 
     def _on_fenced(self, log: JobLog) -> None:
         job = self.running.get(log.job_id)
@@ -150,20 +163,12 @@ class Runner:
         except BadRequest as err:
             await self._fail(job, err, Progressing(), None, tries, number)
             return
+        if await self._belongs_elsewhere(job, route, claimed):
+            return
         self._outlive(job.job_id, request, route)
         while True:
             into, started = Progressing(), datetime.now(UTC)
-            error: BackendError | None = None
-            try:
-                backend = self.backends.get(route)
-                timeouts = self._settings.timeouts_for(route.config, request.timeouts)
-                await stream(backend, Call(job.job_id, number, request, timeouts), job.log, self._writer, into)
-            except BackendError as err:
-                error = err
-            except Exception as err:
-                # A backend's own bug must end its job, not leave it hanging until its time to live.
-                logger.exception("backend of model %r crashed", route.name)
-                error = BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
+            error = await self._attempt(job, request, route, number, into)
             if into.usage is None and into.parts:
                 into.usage = estimated_usage(request, into.text)
             tries.append(_try(number, route, started, into, error))
@@ -175,6 +180,46 @@ class Runner:
                 return
             number += 1
             await self._retry_later(job, error, number)
+
+    async def _attempt(
+        self, job: RunningJob, request: JobRequest, route: Route, number: int, into: Progressing
+    ) -> BackendError | None:
+        """One attempt; answers why it failed, or None."""
+        try:
+            backend = self.backends.get(route)
+            self.pauses.check(route, backend)
+            timeouts = self._settings.timeouts_for(route.config, request.timeouts)
+            try:
+                await stream(backend, Call(job.job_id, number, request, timeouts), job.log, self._writer, into)
+            except BackendError as err:
+                if err.code == "auth_expired":
+                    self.pauses.expired(route, backend, err)
+                raise
+        except BackendError as err:
+            return err
+        except Exception as err:
+            # A backend's own bug must end its job, not leave it hanging until its time to live.
+            logger.exception("backend of model %r crashed", route.name)
+            return BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
+        return None
+
+    async def _belongs_elsewhere(self, job: RunningJob, route: Route, claimed: Claimed) -> bool:
+        """Hand a job of another family to its workers; True where that was done.
+
+        Its producer did not know the model's family. Only once: two workers whose configurations differ must not pass a
+        job to and fro, so one that was handed on is run where it arrives.
+        """
+        family = route.config.worker_family
+        if family == self._family or "queue" in claimed.record.st:
+            return False
+        queue = queue_for(claimed.record.head["priority"], family)
+        reason = f"handed to the {family} workers"
+
+        async def hand_on() -> list[str]:
+            return await self._watcher.release([job.job_id], claims={job.job_id: job.claim}, queue=queue, reason=reason)
+
+        await self._patiently(hand_on)
+        return True
 
     def _outlive(self, job_id: str, request: JobRequest, route: Route) -> None:
         """The producer may not have known this model's timeouts: what is stored must outlive what runs."""
@@ -203,6 +248,7 @@ class Runner:
         done = Done(
             text=into.text,
             usage=into.usage,
+            cost_usd=into.cost_usd,
             backend=route.config.type,
             model=route.name,
             finish_reason=into.finished.reason if into.finished else None,
@@ -228,6 +274,7 @@ class Runner:
             # What readers saw stays readable: tokens joined equal the stored text for failures too.
             "text": into.text or None,
             "usage": into.usage.model_dump() if into.usage else None,
+            "cost_usd": into.cost_usd,
         }
         if route is not None:
             end |= {"model": route.name, "backend": route.config.type}

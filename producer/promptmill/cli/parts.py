@@ -19,14 +19,16 @@ from .up import HostOption, PortOption
 def worker(
     *,
     name: Annotated[str | None, typer.Option(help="The worker's name (default: made from host and pid).")] = None,
+    family: Annotated[str | None, typer.Option(help="Whose jobs it runs: api (the default), claude, gemini …")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, max=10_000, help="Jobs at once.")] = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Run one worker process. TERM drains it; a second TERM ends it at once."""
+    """Run one worker process of one family. TERM drains it; a second TERM ends it at once."""
     require_extras("workers")
-    arguments = ("--name", name) if name else ()
-    _become("promptmill_workers", arguments, config, data_dir, concurrency=concurrency)
+    given = {"--name": name, "--family": family, "--concurrency": concurrency}
+    arguments = tuple(str(part) for pair in given.items() if pair[1] is not None for part in pair)
+    _become("promptmill_workers", arguments, config, data_dir)
 
 
 def relay(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
@@ -27,7 +28,7 @@ from promptmill.contract import (
 )
 from promptmill.errors import Closed, JobCancelled, JobFailed, NotFound, WaitTimeout
 from promptmill.heartbeat import ready_workers
-from promptmill.queues import queue_for
+from promptmill.queues import API_FAMILY, queue_for
 from promptmill.reading import Hub
 from promptmill.routing import resolve
 from promptmill.settings import DEFAULT_TIMEOUTS, Settings, default_data_dir, load_settings
@@ -204,6 +205,10 @@ class AsyncProducer:
             return self.settings.timeouts_for(resolve(self.settings, request).config, request.timeouts)
         return request.timeouts.over(self.settings.timeouts.over(DEFAULT_TIMEOUTS))
 
+    def _family(self, request: JobRequest) -> str:
+        """Whose queue it goes to. Where the model is not known here the API workers hand it to the right ones."""
+        return resolve(self.settings, request).config.worker_family if self._knows(request) else API_FAMILY
+
     def _sender(self) -> Enqueuer:
         if self._enqueuer is None:
             # Celery takes a quarter of a second to import; readers never need it.
@@ -217,7 +222,7 @@ class AsyncProducer:
         submission = Submission(
             job_id=keys.new_job_id(),
             request=request,
-            queue=queue_for(request.priority),
+            queue=queue_for(request.priority, self._family(request)),
             timeouts=timeouts,
             max_attempts=self.settings.max_attempts,
             retention=timedelta(seconds=self.settings.retention_s),
@@ -338,8 +343,14 @@ class AsyncProducer:
 
     async def ready(self) -> Readiness:
         """Whether a job submitted now can be claimed: Redis answers and a worker's heartbeat is fresh."""
-        workers = await ready_workers(await self.store())
-        return Readiness(bool(workers), "ready" if workers else "no worker is ready to claim a job", workers)
+        beats = await ready_workers(await self.store())
+        return Readiness(
+            bool(beats),
+            "ready" if beats else "no worker is ready to claim a job",
+            len(beats),
+            dict(Counter(b.family for b in beats)),
+            sorted({model for b in beats for model in b.paused}),
+        )
 
 
 def _found_settings() -> Settings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from promptmill.contract import Job
 
@@ -17,8 +17,14 @@ class JobPage:
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether a job can be claimed right now; ``reason`` says why not; ``workers`` counts those that can claim."""
+    """Whether a job can be claimed right now; ``reason`` says why not; ``workers`` counts those that can claim.
+
+    ``families`` counts them by family. ``paused`` are the models that some worker does not ask until their login is
+    renewed.
+    """
 
     ok: bool
     reason: str
     workers: int
+    families: dict[str, int] = field(default_factory=dict[str, int])
+    paused: list[str] = field(default_factory=list[str])

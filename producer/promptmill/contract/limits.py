@@ -18,3 +18,4 @@ class Limits(BaseModel):
     metadata_bytes: int = Field(default=16 * 1024, gt=0)
     max_tokens: int = Field(default=1_000_000, gt=0)
     stop_sequences: int = Field(default=16, ge=0)
+    response_format_bytes: int = Field(default=64 * 1024, ge=0)

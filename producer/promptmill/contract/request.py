@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import math
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -147,6 +147,38 @@ class Timeouts(_Strict):
         return Timeouts(**{**defaults.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)})
 
 
+class ResponseFormat(_Strict):
+    """What form the answer must have: any JSON object, or JSON that a schema describes.
+
+    ``json_schema`` is a JSON Schema (draft 2020-12). OpenAI's form, with ``{"name": …, "schema": {…}}`` there, is
+    understood too. The worker hands it to the provider and checks the answer against it.
+    """
+
+    type: Literal["json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "answer"
+    json_schema: Annotated[dict[str, JsonValue], BeforeValidator(_storable)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _openai_form(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cast("dict[str, Any]", data)
+        given = fields.get("json_schema")
+        if not isinstance(given, dict):
+            return fields
+        named = cast("dict[str, Any]", given)
+        if not isinstance(named.get("schema"), dict) or named.keys() - {"name", "schema", "strict", "description"}:
+            return fields  # a schema, perhaps of something that has a "schema" itself
+        return {**fields, "name": named.get("name", "answer"), "json_schema": named["schema"]}
+
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is given with the type json_schema, and only with it")
+        return self
+
+
 class JobRequest(_Strict):
     """A completion to run. Give ``prompt`` or ``messages``; ``prompt`` becomes one user message.
 
@@ -162,6 +194,7 @@ class JobRequest(_Strict):
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     stop: list[Annotated[Text, Field(min_length=1, max_length=1000)]] | None = None
+    response_format: ResponseFormat | None = None
     user: Name = "default"
     metadata: Annotated[dict[Name, JsonValue], BeforeValidator(_storable)] = Field(default_factory=dict)
     priority: Priority = "interactive"
@@ -223,6 +256,11 @@ class JobRequest(_Strict):
             ("metadata", len(json.dumps(self.metadata).encode()), limits.metadata_bytes),
             ("max_tokens", self.max_tokens or 0, limits.max_tokens),
             ("stop", len(self.stop or ()), limits.stop_sequences),
+            (
+                "response_format",
+                len(self.response_format.model_dump_json()) if self.response_format else 0,
+                limits.response_format_bytes,
+            ),
         ):
             if size > limit:
                 raise BadRequest(f"{field} is {size}, the limit is {limit}", code="too_large", field=field, limit=limit)

@@ -37,7 +37,7 @@ async def check_store(settings: Settings) -> list[Check]:
         _persistence(kept),
         _eviction(memory),
     ]
-    return [*checks, await _workers(settings)]
+    return [*checks, *await _workers(settings)]
 
 
 def _persistence(kept: dict[str, Any]) -> Check:
@@ -64,15 +64,28 @@ def _eviction(memory: dict[str, Any]) -> Check:
     )
 
 
-async def _workers(settings: Settings) -> Check:
+async def _workers(settings: Settings) -> list[Check]:
     try:
         async with AsyncProducer(settings) as producer:
             ready = await producer.ready()
     except PromptmillError as err:
-        return Check("reachable", "workers", "fail", err.message)
-    if ready.ok:
-        return Check("reachable", "workers", "ok", f"{ready.workers} can claim jobs")
-    return Check("reachable", "workers", "off", ready.reason, "start `promptmill up` or `promptmill worker`")
+        return [Check("reachable", "workers", "fail", err.message)]
+    if not ready.ok:
+        return [Check("reachable", "workers", "off", ready.reason, "start `promptmill up` or `promptmill worker`")]
+    checks: list[Check] = []
+    for family in settings.served_families:
+        count = ready.families.get(family, 0)
+        title = f"workers {family}"
+        if count:
+            checks.append(Check("reachable", title, "ok", f"{count} can claim jobs"))
+        else:
+            advice = f"start `promptmill up` or `promptmill worker --family {family}`"
+            checks.append(Check("reachable", title, "fail", "none: jobs of its models wait", advice))
+    checks += [
+        Check("reachable", f"login of {name}", "fail", "expired: a worker does not ask it", "log in again there")
+        for name in ready.paused
+    ]
+    return checks
 
 
 async def check_broker(settings: Settings) -> list[Check]:

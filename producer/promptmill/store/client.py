@@ -271,7 +271,7 @@ class Store:
         self.wire.tell(
             [
                 ("ZREM", keys.OUTBOX, job_id),
-                ("HSET", keys.CLAIMED, record.head["queue"], record.st["queued"]),
+                ("HSET", keys.CLAIMED, record.queue, record.st["queued"]),
                 ("EXPIRE", keys.CLAIMED, int(keys.INDEX_TTL.total_seconds())),
             ]
         )
@@ -320,16 +320,20 @@ class Store:
         claim: str | None = None,
         max_crashes: int,
         token: str = "",
+        queue: str = "",
+        reason: str = "its worker is shutting down",
     ) -> str:
         """Give a running job back to the queue: because its worker died, or because its holder hands it back.
+
+        A holder may name another ``queue``, which is then the job's from now on, and gives the ``reason``.
 
         Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
         callers gets ``queued`` or ``failed``. Repeated with its token it answers as before.
         """
         if dead_worker is not None:
-            mode, expected, reason = "dead", dead_worker, "its worker died"
+            mode, expected, reason, queue = "dead", dead_worker, "its worker died", ""
         else:
-            mode, expected, reason = "handback", claim or "", "its worker is shutting down"
+            mode, expected = "handback", claim or ""
         error = Error(code="crashed", message=f"the job lost its worker {max_crashes} times", retryable=True)
         reply = await self.run(
             scripts.REQUEUE,
@@ -344,5 +348,6 @@ class Store:
             orjson.dumps({"error": error.model_dump(exclude={"type"}, exclude_none=True)}),
             LOG_TTL_MS,
             token or keys.new_token(),
+            queue,
         )
         return reply[0].decode()

@@ -62,6 +62,11 @@ class Record:
         return self.head["user"]
 
     @property
+    def queue(self) -> str:
+        """Where its message goes: the queue it was submitted to, or the one that it was handed to."""
+        return self.st.get("queue") or self.head["queue"]
+
+    @property
     def state(self) -> JobState:
         """The job's state."""
         return self.st["state"]

@@ -190,7 +190,7 @@ return {'ok', st.epoch}
 """
 
 # ARGV: mode ('dead' | 'handback'), expected (worker | claim token), event, restart event, max crashes, try,
-#       error event, error end, log_ttl_ms, token
+#       error event, error end, log_ttl_ms, token, queue ('' leaves it)
 _REQUEUE = """
 local st = load()
 if not st then return {'missing'} end
@@ -224,6 +224,7 @@ if st.crashes >= tonumber(ARGV[5]) then
   return {'failed', st.epoch}
 end
 st.state = 'queued'
+if ARGV[11] ~= '' then st.queue = ARGV[11] end
 st.queued = now
 st.deadline = now + st.wait
 st.claim = nil

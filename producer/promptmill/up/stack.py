@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from promptmill.errors import PromptmillError, StoreUnavailable
 from promptmill.extras import require_extras
+from promptmill.queues import API_FAMILY
 from promptmill.settings import Settings, child_environment, default_data_dir
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 from promptmill.up.datadir import DataDir, RunningUp
@@ -161,14 +162,15 @@ class Stack:
         }
         workers = [
             PartSpec(
-                name=f"worker-{n}",
-                command=(sys.executable, "-m", "promptmill_workers", "--name", f"worker-{n}", *config),
+                name=name,
+                command=(sys.executable, "-m", "promptmill_workers", "--name", name, "--family", family, *config),
                 env=child_environment(shared, lifeline_fd=supervisor.lifeline),
                 stop_order=1,
                 # The worker hands its jobs back when drain_s is over, and needs a moment for that.
                 stop_s=settings.drain_s + 5,
             )
-            for n in range(1, settings.workers + 1)
+            for family in settings.served_families
+            for name in _worker_names(family, settings.workers_of(family))
         ]
         gateway = PartSpec(
             name="gateway",
@@ -182,7 +184,7 @@ class Stack:
 
     async def _wait_ready(self) -> None:
         # Without workers of our own, others may come and go: ready is then what the gateway says of itself.
-        path = "/readyz" if self.settings.workers else "/healthz"
+        path = "/readyz" if any(map(self.settings.workers_of, self.settings.served_families)) else "/healthz"
         deadline = time.monotonic() + READY_LIMIT_S
         status = "no answer"
         while time.monotonic() < deadline:
@@ -267,3 +269,8 @@ async def _http_status(url: str, path: str) -> str:
 def data_dir_of(settings: Settings) -> Path:
     """The data directory that ``up`` would use with these settings."""
     return (settings.data_dir or default_data_dir()).expanduser()
+
+
+def _worker_names(family: str, count: int) -> list[str]:
+    first = "worker" if family == API_FAMILY else family
+    return [f"{first}-{n}" for n in range(1, count + 1)]

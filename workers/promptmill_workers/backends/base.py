@@ -37,9 +37,20 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class UsageUpdate:
-    """What the provider has counted so far; a later one replaces an earlier one. May come before the first token."""
+    """What the provider has counted so far; a later one replaces an earlier one. May come before the first token.
+
+    ``cost_usd`` is what the provider itself says that the attempt cost; None where it says nothing.
+    """
 
     usage: Usage
+    cost_usd: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StartedAnew:
+    """The text so far is void, the next deltas begin the answer again: readers get a ``restart`` event."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,7 @@ class Finished:
     provider_request_id: str | None = None
 
 
-Item = TextDelta | UsageUpdate | Finished
+Item = TextDelta | UsageUpdate | StartedAnew | Finished
 
 
 class Backend(Protocol):
@@ -70,8 +81,9 @@ class Backend(Protocol):
         Ends with :class:`Finished`, or raises. Raises :class:`~promptmill.errors.BackendError` with one of
         ``timeout_connect``, ``unreachable``, ``auth``, ``bad_request``, ``rate_limited`` (with ``retry_after_s`` where
         the provider gave one), ``overloaded``, ``context_too_long``, ``refused``, ``cut`` (the stream ended without its
-        end), ``empty`` (it ended properly without any text), ``malformed``, ``crashed``. Closing the generator early
-        closes the provider's connection before it returns.
+        end), ``empty`` (it ended properly without any text), ``malformed``, ``crashed``, ``auth_expired`` (a
+        login that a person must renew). Closing the generator early closes the provider's connection, or ends the
+        program and all that it started, before it returns.
         """
         ...
 
