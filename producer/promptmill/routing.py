@@ -23,7 +23,11 @@ def resolve(settings: Settings, request: JobRequest) -> Route:
     ====================  =====================================================
     the request names     what answers
     ====================  =====================================================
-    ``model``             that entry of the registry
+    ``model``             that entry of the registry; the name of a backend's
+                          type, where no entry has it, stands for the first
+                          entry of that type
+    ``gemini_api``        where no entry has that name or type: the first entry
+                          of type ``gemini_cli``
     ``role`` and ``slot`` that slot of the role
     ``role``              the role's ``primary``
     nothing               ``default_model``; else the first configured model;
@@ -37,16 +41,24 @@ def resolve(settings: Settings, request: JobRequest) -> Route:
     """
     registry = settings.registry
     if request.model is not None:
-        name = request.model
-        if name not in registry:
-            raise BadRequest(
-                f"there is no model {name!r}; configured: {', '.join(registry)}", code="unknown_model", field="model"
-            )
+        name = _named(settings, request.model)
     elif request.role is not None:
         name = _slot(settings, request.role, request.slot or "primary")
     else:
         name = settings.default_model or next(iter(settings.models), "echo")
     return Route(name, registry[name])
+
+
+def _named(settings: Settings, name: str) -> str:
+    if name in settings.registry:
+        return name
+    # The program does what the API does, so where only the program is configured it answers for the API.
+    for kind in (name, "gemini_cli") if name == "gemini_api" else (name,):
+        for model, config in settings.models.items():
+            if config.type == kind:
+                return model
+    known = ", ".join(settings.registry)
+    raise BadRequest(f"there is no model {name!r}; configured: {known}", code="unknown_model", field="model")
 
 
 def _slot(settings: Settings, role: str, slot: str) -> str:

@@ -66,6 +66,11 @@ class TestAnthropicApi(OverHttp):
     options: ClassVar[dict[str, object]] = {"max_tokens": 100_000}
 
 
+class TestGeminiApi(OverHttp):
+    kind = "gemini_api"
+    path = "/v1beta/openai"
+
+
 class TestEcho(BackendConformance):
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:

@@ -1,4 +1,4 @@
-"""Every fault of the provider simulator on both HTTP backends: its exact documented code, and nothing left open."""
+"""Every fault of the provider simulator on every HTTP backend: its exact documented code, and nothing left open."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from promptmill.errors import CODES
 from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Call, Finished, Item, TextDelta, UsageUpdate
+from promptmill_workers.backends.structured import check_answer
 from promptmill_workers.testing import call, collect, failure, text_of
 from tests.support.simulator import FAULTS, Simulator, refusing_url, unanswering_url
 
 KEY: Final = "planted-key-0123456789"
-KINDS: Final = ("local_openai", "anthropic_api")
-PATHS: Final = {"local_openai": "/v1", "anthropic_api": ""}
+PATHS: Final = {"local_openai": "/v1", "anthropic_api": "", "gemini_api": "/v1beta/openai"}
+KINDS: Final = tuple(PATHS)
+NO_ID_IN_HEADERS: Final = {"gemini_api"}
 
 # Fault: code, and how many deltas of ten come before it.
 EXPECTED: Final[dict[str, tuple[str, int]]] = {
@@ -45,6 +47,7 @@ EXPECTED: Final[dict[str, tuple[str, int]]] = {
 }
 SILENT: Final = {"hang": 0, "hang_headers": 0, "stall": 5}
 HEALTHY: Final = {"split"}
+TEXT: Final = [{"type": "text", "text": "What is this?"}]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +55,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIMULATOR_KEY", KEY)
     # One that the SDK would take by itself, and that must never travel.
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-wrong-one")
+    monkeypatch.setenv("GEMINI_API_KEY", "sk-wrong-one")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
 
 
@@ -92,7 +96,8 @@ async def test_each_fault_ends_in_its_code(sim: Simulator, kind: str, fault: str
         assert (error.code, error.retryable) == (code, CODES[code].retryable), error
         assert text_of(items) == words(deltas)
         assert not any(isinstance(item, Finished) for item in items)
-        assert error.provider_request_id, "the provider's id helps its support"
+        if kind not in NO_ID_IN_HEADERS or sim.requests[0].status == 200:
+            assert error.provider_request_id, "the provider's id helps its support"
         assert KEY not in str(error)
         assert len(sim.requests) == 1, "a backend never retries by itself"
     await sim.wait_idle(connections=True)
@@ -217,13 +222,22 @@ async def test_usage_and_reason_are_what_the_provider_said(sim: Simulator, kind:
         items = await collect(backend, call(max_tokens=3))
     usage = [item.usage for item in items if isinstance(item, UsageUpdate)][-1]
     # OpenAI counts what came from the cache among the prompt's tokens, Anthropic beside them.
-    assert usage.input_tokens == (60 if kind == "local_openai" else 100)
+    assert usage.input_tokens == (100 if kind == "anthropic_api" else 60)
     assert (usage.output_tokens, usage.cache_read_tokens, usage.estimated) == (7, 40, False)
     last = items[-1]
     assert isinstance(last, Finished)
     assert (last.reason, text_of(items)) == ("length", words(3))
     assert last.provider_request_id
-    assert last.provider_request_id.startswith("req_")
+    assert last.provider_request_id.startswith("chatcmpl-" if kind in NO_ID_IN_HEADERS else "req_")
+
+
+async def test_what_the_model_thought_counts_as_output(sim: Simulator, kind: str) -> None:
+    """It is billed as output; Google alone counts it in the sum and nowhere else."""
+    sim.plan(tokens=7, usage={"input_tokens": 100, "output_tokens": 7, "thinking_tokens": 500})
+    async with opened(kind, sim.url) as backend:
+        items = await collect(backend, call())
+    usage = [item.usage for item in items if isinstance(item, UsageUpdate)][-1]
+    assert (usage.input_tokens, usage.output_tokens) == (100, 507)
 
 
 async def test_an_answer_without_usage_is_an_answer(sim: Simulator) -> None:
@@ -239,7 +253,8 @@ async def test_a_stop_sequence_ends_the_answer(sim: Simulator, kind: str) -> Non
     last = items[-1]
     assert isinstance(last, Finished)
     assert text_of(items) == words(4)
-    assert last.reason == ("stop" if kind == "local_openai" else "stop_sequence")
+    # OpenAI's protocol does not tell one from the other.
+    assert last.reason == ("stop_sequence" if kind == "anthropic_api" else "stop")
 
 
 async def test_a_refusal_after_text_went_out_is_still_a_refusal(sim: Simulator, kind: str) -> None:
@@ -251,6 +266,7 @@ async def test_a_refusal_after_text_went_out_is_still_a_refusal(sim: Simulator, 
 async def test_the_request_carries_what_the_job_asked(sim: Simulator, kind: str) -> None:
     picture = "iVBORw0KGgo="
     asked = call()
+    elsewhere = [] if kind == "gemini_api" else [{"type": "image", "url": "https://example.org/a.png"}]
     request = asked.request.model_validate(
         {
             "system": "Be brief.",
@@ -260,7 +276,7 @@ async def test_the_request_carries_what_the_job_asked(sim: Simulator, kind: str)
                     "content": [
                         {"type": "text", "text": "What is this?"},
                         {"type": "image", "media_type": "image/png", "data": picture},
-                        {"type": "image", "url": "https://example.org/a.png"},
+                        *elsewhere,
                     ],
                 }
             ],
@@ -274,14 +290,14 @@ async def test_the_request_carries_what_the_job_asked(sim: Simulator, kind: str)
         await collect(backend, Call(asked.job_id, 1, request, asked.timeouts))
     seen = sim.requests[0]
     body = seen.body
-    assert (seen.headers["authorization"], seen.images) == (f"Bearer {KEY}", 2)
+    assert (seen.headers["authorization"], seen.images) == (f"Bearer {KEY}", 1 + len(elsewhere))
     assert (body["max_tokens"], body["temperature"], body["top_p"], body["stream"]) == (50, 0.5, 0.9, True)
     content = body["messages"][-1]["content"]
-    if kind == "local_openai":
+    if kind != "anthropic_api":
         assert (body["messages"][0], body["stop"]) == ({"role": "system", "content": "Be brief."}, ["END"])
         assert [part["image_url"]["url"] for part in content[1:]] == [
             f"data:image/png;base64,{picture}",
-            "https://example.org/a.png",
+            *(part["url"] for part in elsewhere),
         ]
     else:
         assert (body["system"], body["stop_sequences"]) == ("Be brief.", ["END"])
@@ -289,6 +305,76 @@ async def test_the_request_carries_what_the_job_asked(sim: Simulator, kind: str)
             {"type": "base64", "media_type": "image/png", "data": picture},
             {"type": "url", "url": "https://example.org/a.png"},
         ]
+
+
+@pytest.mark.parametrize("media_type", ["image/png", "image/jpeg", "image/webp", "image/gif"])
+async def test_each_kind_of_picture_is_sent_or_refused_with_advice(sim: Simulator, kind: str, media_type: str) -> None:
+    content = [{"type": "text", "text": "?"}, {"type": "image", "media_type": media_type, "data": "AAAA"}]
+    asked = call(content)
+    async with opened(kind, sim.url) as backend:
+        if (kind, media_type) == ("gemini_api", "image/gif"):
+            _, error = await failure(backend, asked)
+            assert (error.code, error.field) == ("bad_request", "messages.0.content")
+            assert "image/png, image/jpeg, image/webp" in str(error)
+            assert sim.requests == []
+        else:
+            await collect(backend, asked)
+            assert sim.requests[0].images == 1
+            assert media_type in str(sim.requests[0].body)
+
+
+async def test_google_is_asked_for_no_picture_that_stands_elsewhere(sim: Simulator) -> None:
+    async with opened("gemini_api", sim.url) as backend:
+        _, error = await failure(backend, call([{"type": "image", "url": "https://example.org/a.png"}, *TEXT]))
+    assert (error.code, error.retryable, sim.requests) == ("bad_request", False, [])
+    assert "send it as data" in str(error)
+
+
+async def test_a_schema_travels_in_the_providers_own_form(sim: Simulator, kind: str) -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    asked = call(response_format={"type": "json_schema", "name": "said", "json_schema": schema})
+    async with opened(kind, sim.url) as backend:
+        text = text_of(await collect(backend, asked))
+    await check_answer(text, asked.request.response_format)
+    body = sim.requests[0].body
+    if kind == "anthropic_api":
+        assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
+    else:
+        wanted = {"type": "json_schema", "json_schema": {"name": "said", "schema": schema}}
+        assert body["response_format"] == wanted
+
+
+async def test_json_of_any_form_is_asked_for_where_the_provider_knows_it(sim: Simulator, kind: str) -> None:
+    asked = call(response_format={"type": "json_object"})
+    async with opened(kind, sim.url) as backend:
+        if kind == "anthropic_api":
+            _, error = await failure(backend, asked)
+            assert (error.code, error.field, sim.requests) == ("bad_request", "response_format.type", [])
+            assert "json_schema" in str(error)
+        else:
+            await check_answer(text_of(await collect(backend, asked)), asked.request.response_format)
+            assert sim.requests[0].body["response_format"] == {"type": "json_object"}
+
+
+async def test_openais_strict_form_is_asked_for_by_an_option(sim: Simulator) -> None:
+    asked = call(response_format={"type": "json_schema", "json_schema": {"type": "object"}})
+    async with opened("local_openai", sim.url, options={"strict_schema": True}) as backend:
+        await collect(backend, asked)
+    assert sim.requests[0].body["response_format"]["json_schema"]["strict"] is True
+
+
+async def test_a_format_leaves_what_else_stands_in_anthropics_output_config(sim: Simulator) -> None:
+    asked = call(response_format={"type": "json_schema", "json_schema": {"type": "object"}})
+    options = {"extra_body": {"output_config": {"effort": "low"}, "top_k": 3}}
+    async with opened("anthropic_api", sim.url, options=options) as backend:
+        await collect(backend, asked)
+        await collect(backend, call())
+    with_format, without = (record.body for record in sim.requests)
+    assert with_format["output_config"] == {
+        "effort": "low",
+        "format": {"type": "json_schema", "schema": {"type": "object"}},
+    }
+    assert (without["output_config"], without["top_k"]) == ({"effort": "low"}, 3)
 
 
 @pytest.mark.parametrize(("host_type", "path"), [("openai", "/v1"), ("openwebui", "")])
@@ -329,8 +415,9 @@ async def test_a_missing_key_says_which_variable_to_set(
     assert sim.requests == []
 
 
-async def test_a_key_for_anthropic_does_not_travel_to_another_host(sim: Simulator) -> None:
-    config = ModelConfig(type="anthropic_api", model_name="sim", api_url=sim.url)
+@pytest.mark.parametrize("kind", ["anthropic_api", "gemini_api"])
+async def test_a_key_for_the_provider_does_not_travel_to_another_host(sim: Simulator, kind: str) -> None:
+    config = ModelConfig(type=kind, model_name="sim", api_url=sim.url + PATHS[kind])
     backend = load_backend("model", config)
     try:
         await failure(backend, call())

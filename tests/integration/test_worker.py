@@ -444,3 +444,33 @@ async def test_no_corpse_is_left_by_a_worker_that_ended_well(
     with worker_process(path) as worker:
         worker_id = await worker.ready(store_server.url)
     assert not await store.redis.hexists(keys.WORKERS, worker_id)
+
+
+PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "schema", "code", "says"),
+    [
+        ('{"age": 7}', PERSON, None, ""),
+        ('{"age": "seven"}', PERSON, "malformed", "/age"),
+        ("Sure! Seven.", PERSON, "malformed", "not JSON"),
+        ('{"age": 7}', {"type": "no such type"}, "bad_request", "response_format.json_schema"),
+    ],
+)
+async def test_a_structured_answer_is_checked_before_the_job_counts_as_succeeded(
+    write_config, answer, schema, code, says
+) -> None:
+    path, settings = write_config(QUICK + MODELS)
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            wanted = {"type": "json_schema", "json_schema": schema}
+            job = await producer.submit(answer, model="fast", response_format=wanted)
+            if code is None:
+                assert (await job.result(20)).text == answer
+                return
+            with pytest.raises(JobFailed) as failed:
+                await job.result(20)
+            assert failed.value.code == code
+            assert says in failed.value.message

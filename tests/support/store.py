@@ -12,7 +12,7 @@ import redis
 
 from promptmill.up.embedded import find_store_program
 
-CELERY_OWN = ("_kombu", "promptmill.api", "unacked", "celery")
+CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
 """Keys of Celery's broker, which have no time to live; everything else is ours and has one."""
 
 

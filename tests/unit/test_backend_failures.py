@@ -40,6 +40,84 @@ ANTHROPIC_LONG = {
 }
 
 
+def google(status: int, word: str, message: str = "no", *details: dict[str, Any]) -> list[dict[str, Any]]:
+    """As Google words it; its endpoint for OpenAI's protocol makes a list of it."""
+    return [{"error": {"code": status, "message": message, "status": word, "details": [{"@type": "x"}, *details]}}]
+
+
+RETRY = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "37.5s"}
+QUOTA = {"@type": "type.googleapis.com/google.rpc.QuotaFailure"}
+A_MINUTE = {**QUOTA, "violations": [{"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier"}]}
+A_DAY = {**QUOTA, "violations": [{}, {"quotaId": "GenerateRequestsPerDayPerProjectPerModel-FreeTier"}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (google(400, "INVALID_ARGUMENT"), "bad_request"),
+        (google(400, "INVALID_ARGUMENT", "no", {"reason": "API_KEY_INVALID"}), "auth"),
+        (google(400, "FAILED_PRECONDITION", "User location is not supported"), "bad_request"),
+        (
+            google(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the maximum number of tokens allowed"),
+            "context_too_long",
+        ),
+        (google(403, "PERMISSION_DENIED"), "auth"),
+        (google(404, "NOT_FOUND"), "bad_request"),
+        (google(429, "RESOURCE_EXHAUSTED"), "rate_limited"),
+        (google(500, "INTERNAL"), "overloaded"),
+        (google(503, "UNAVAILABLE", "The model is overloaded."), "overloaded"),
+        (google(504, "DEADLINE_EXCEEDED"), "overloaded"),
+    ],
+)
+def test_googles_errors_have_their_codes_with_a_status_and_in_a_stream(body: Any, code: str) -> None:
+    status = body[0]["error"]["code"]
+    for form in (body, body[0]):
+        assert status_error(status, {}, orjson.dumps(form)).code == code
+        error = error_object(form)
+        assert error is not None
+        assert stream_error(error).code == code
+
+
+def test_googles_wait_is_read_from_the_errors_details() -> None:
+    body = google(429, "RESOURCE_EXHAUSTED", "slow down", A_MINUTE, RETRY)
+    error = status_error(429, {}, orjson.dumps(body))
+    assert (error.retry_after_s, error.retryable) == (37.5, True)
+    assert status_error(429, {"retry-after": "0"}, orjson.dumps(body)).retry_after_s == 0
+    found = error_object(body)
+    assert found is not None
+    assert stream_error(found).retry_after_s == 37.5
+
+
+def test_a_quota_of_the_day_is_not_worth_another_try() -> None:
+    error = status_error(429, {}, orjson.dumps(google(429, "RESOURCE_EXHAUSTED", "quota", A_DAY, RETRY)))
+    assert (error.code, error.retryable) == ("rate_limited", False)
+
+
+@pytest.mark.parametrize("delay", ["", "soon", "-3s", "1e9s", 37, None, "9999999999s", "3m"])
+def test_a_wait_of_another_form_is_none(delay: Any) -> None:
+    body = google(429, "RESOURCE_EXHAUSTED", "x", {"retryDelay": delay})
+    assert status_error(429, {}, orjson.dumps(body)).retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    "details", [None, "x", [None], [{"violations": 3}], [{"violations": [3]}], {"retryDelay": "3s"}]
+)
+def test_details_of_another_form_do_not_break_the_mapping(details: Any) -> None:
+    body = {"error": {"code": 429, "message": "x", "status": 429, "details": details}}
+    assert status_error(429, {}, orjson.dumps([body])).code == "rate_limited"
+
+
+def test_a_filter_that_answers_400_refused_the_request() -> None:
+    body = {"error": {"message": "held back", "type": None, "code": "content_filter"}}
+    assert status_error(400, {}, orjson.dumps(body)).code == "refused"
+
+
+def test_the_requests_id_is_taken_from_the_body_where_no_header_has_it() -> None:
+    body = orjson.dumps({"type": "error", "error": {"type": "api_error", "message": "x"}, "request_id": "req_7"})
+    assert status_error(500, {}, body).provider_request_id == "req_7"
+    assert status_error(500, {}, body, request_id="req_1").provider_request_id == "req_1"
+
+
 @pytest.mark.parametrize(
     ("status", "code"),
     [

@@ -212,3 +212,38 @@ def test_the_public_names_are_these() -> None:
         "PromptmillError", "Readiness", "Settings", "StoreUnavailable", "TextPart", "Timeouts", "Usage",
         "WaitTimeout", "load_settings",
     ]  # fmt: skip
+
+
+SCHEMA = {"type": "object", "properties": {"schema": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_schema", "json_schema": SCHEMA},
+        {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}},
+        {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}},
+    ],
+)
+def test_a_response_format_comes_in_our_form_or_openais(given: dict[str, Any]) -> None:
+    request = parse_request({"prompt": "x", "response_format": given})
+    assert request.response_format is not None
+    assert request.response_format.json_schema == SCHEMA
+    assert request.response_format.name == "answer"
+    assert parse_request(request.to_json()) == request
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_schema"},
+        {"type": "json_object", "json_schema": SCHEMA},
+        {"type": "yaml"},
+        {"type": "json_schema", "json_schema": [1]},
+        {"type": "json_schema", "json_schema": {"name": "not a name!", "schema": SCHEMA}},
+    ],
+)
+def test_a_response_format_that_says_nothing_usable_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_request({"prompt": "x", "response_format": given})
+    assert (caught.value.field or "").startswith("response_format")

@@ -36,12 +36,12 @@ from promptmill_relay.auth import Access, FixedSecret, KeyRing, StreamUrls
 from promptmill_relay.stream import StreamEndpoint
 from promptmill_workers.backends.anthropic_api import AnthropicOptions
 from promptmill_workers.backends.echo import EchoOptions
+from promptmill_workers.backends.gemini_api import GeminiOptions
 from promptmill_workers.backends.local_openai import LocalOpenAIOptions
 from tests.support.docs import PAGES, ROOT, anchors, read, table, tables
 from tests.support.web import FakeHub, call_asgi
 
 CONFIGURATION = "docs/reference/configuration.md"
-BACKENDS = "docs/backends.md"
 COMMANDS = "docs/reference/command-line.md"
 SPECIAL_DEFAULTS = {"timeouts": "none set", "limits": "see there", "type": "needed"}
 
@@ -84,9 +84,10 @@ def commands() -> dict[str, Any]:
         (CONFIGURATION, "Models", "setting", ModelConfig),
         (CONFIGURATION, "Limits", "setting", Limits),
         (CONFIGURATION, "API keys", "setting", ApiKey),
-        (BACKENDS, "`anthropic_api`", "option", AnthropicOptions),
-        (BACKENDS, "`local_openai`", "option", LocalOpenAIOptions),
-        (BACKENDS, "`echo`", "option", EchoOptions),
+        ("docs/backends/anthropic_api.md", "Configuration", "option", AnthropicOptions),
+        ("docs/backends/gemini_api.md", "Configuration", "option", GeminiOptions),
+        ("docs/backends/local_openai.md", "Configuration", "option", LocalOpenAIOptions),
+        ("docs/backends/echo.md", "Configuration", "option", EchoOptions),
     ],
 )
 def test_a_table_of_settings_has_every_field_with_its_default(

@@ -68,7 +68,11 @@ def test_the_file_is_found_by_variable_and_in_the_working_directory(tmp_path: Pa
         ("prot = 80", "prot", "no such setting"),
         ('redis_url = "http://x"', "redis_url", "redis://"),
         ('broker_url = "kafka://x"', "broker_url", "amqp://"),
-        ('[models.a]\ntype = "gpt"', "models.a.type", "known: anthropic_api, claude_cli, echo, gemini_api, gemini_cli, local_openai"),
+        (
+            '[models.a]\ntype = "gpt"',
+            "models.a.type",
+            "known: anthropic_api, claude_cli, echo, gemini_api, gemini_cli, local_openai",
+        ),
         ('[models.a]\ntype = "local_openai"\nmodel_name = "m"', "models.a", "needs api_url"),
         ('[models.a]\ntype = "anthropic_api"', "models.a", "needs model_name"),
         ('[models.a]\ntype = "echo"\napi_url = "ftp://x"', "models.a.api_url", "http://"),
@@ -147,6 +151,8 @@ SETTINGS = Settings.model_validate(
         "roles": {"chat": {"primary": "b", "backup_1": "a"}},
     }
 )
+PROGRAM = Settings.model_validate({"models": {"g": {"type": "gemini_cli", "model_name": "m"}}})
+API = Settings.model_validate({"models": {"h": {"type": "gemini_api", "model_name": "m"}}})
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,9 @@ SETTINGS = Settings.model_validate(
         (SETTINGS, {}, "a"),
         (SETTINGS.model_copy(update={"default_model": "b"}), {}, "b"),
         (Settings(), {}, "echo"),
+        (PROGRAM, {"model": "gemini_cli"}, "g"),
+        (PROGRAM, {"model": "gemini_api"}, "g"),
+        (PROGRAM.model_copy(update={"models": PROGRAM.models | API.models}), {"model": "gemini_api"}, "h"),
     ],
 )
 def test_the_route_is_as_the_table_says(settings: Settings, asked: dict[str, str], answers: str) -> None:
@@ -178,3 +187,22 @@ def test_an_unknown_name_lists_what_there_is(asked: dict[str, str], code: str, l
         resolve(SETTINGS, parse_request({"prompt": "x", **asked}))
     assert caught.value.code == code
     assert lists in caught.value.message
+
+
+def test_a_family_is_its_models_own_or_its_types_and_sized_by_its_setting() -> None:
+    settings = Settings.model_validate(
+        {
+            "models": {
+                "c": {"type": "claude_cli"},
+                "g": {"type": "gemini_cli", "model_name": "m"},
+                "e": {"type": "echo", "family": "lab"},
+            },
+            "families": {"lab": {"workers": 3, "concurrency": 5}, "gemini": {"concurrency": 2}},
+            "concurrency": 70,
+        }
+    )
+    assert settings.served_families == ["api", "claude", "gemini", "lab"]
+    assert [settings.workers_of(f) for f in settings.served_families] == [1, 1, 1, 3]
+    assert [settings.concurrency_of(f) for f in settings.served_families] == [70, 8, 2, 5]
+    without = settings.model_copy(update={"workers": 0})
+    assert [without.workers_of(f) for f in without.served_families] == [0, 0, 0, 3]

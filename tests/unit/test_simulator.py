@@ -38,6 +38,7 @@ from tests.support.simulator.stream import sliced
 from tests.support.simulator.ticker import Ticker
 
 USER = [{"role": "user", "content": "Hello there"}]
+TIFF = {"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": "AA"}}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -183,6 +184,11 @@ async def test_chat_answers_json_when_the_response_format_asks_for_it(http: http
         ({"messages": [{"role": "robot", "content": ""}]}, "messages[0].role"),
         ({"stream": "yes"}, "stream"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
         ({"model": "sim:speed=3"}, "model"),
     ],
 )
@@ -624,6 +630,9 @@ async def test_the_sdk_survives_split(claude: anthropic.AsyncAnthropic) -> None:
         {"model": "sim", "max_tokens": 0, "messages": USER},
         {"model": "sim", "max_tokens": 9, "messages": [{"role": "system", "content": "x"}]},
         {"model": "sim", "max_tokens": 9, "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"model": "sim", "max_tokens": 9, "messages": [{"role": "user", "content": [TIFF]}]},
+        {"model": "sim", "max_tokens": 9, "messages": USER, "output_config": {"format": {"type": "json_object"}}},
+        {"model": "sim", "max_tokens": 9, "messages": USER, "output_config": {"format": {"type": "json_schema"}}},
     ],
 )
 async def test_messages_refuses_what_the_protocol_forbids(http: httpx.AsyncClient, body: Any) -> None:
@@ -665,6 +674,56 @@ async def test_gemini_answers_in_one_body_and_with_its_errors(http: httpx.AsyncC
     assert limited_answer.json()["error"]["code"] == 429
     assert (await http.post("/v1beta/models/sim:generateContent", json={})).status_code == 400
     assert (await http.post("/v1beta/models/sim:countTokens", json=body)).json() == {"totalTokens": 1}
+
+
+# Gemini by OpenAI's protocol
+
+
+async def gemini_chat(http: httpx.AsyncClient, model: str = "sim", **more: Any) -> httpx.Response:
+    return await http.post("/v1beta/openai/chat/completions", json=chat(model, **more))
+
+
+async def test_gemini_chat_streams_openais_chunks_and_counts_thinking_in_the_total_only(
+    http: httpx.AsyncClient,
+) -> None:
+    model = "sim:tokens=2,input=70,output=2,cache_read=64,thinking=500"
+    answer = await gemini_chat(http, model, stream_options={"include_usage": True})
+    *chunks, last = [data for _, data in events_of(answer.content)]
+    assert last == b"[DONE]"
+    parsed = [json.loads(chunk) for chunk in chunks]
+    assert text_of(parsed) == "tok0 tok1 "
+    assert [chunk["choices"][0]["finish_reason"] for chunk in parsed] == [None, None, "stop"]
+    assert parsed[-1]["usage"] == {
+        "prompt_tokens": 70,
+        "completion_tokens": 2,
+        "total_tokens": 572,
+        "prompt_tokens_details": {"cached_tokens": 64},
+    }
+    assert "x-request-id" not in answer.headers
+    refused = await gemini_chat(http, "sim:fault=refusal")
+    assert b"content_filter: SAFETY" in refused.content
+
+
+async def test_gemini_chat_answers_with_googles_errors_in_a_list(http: httpx.AsyncClient) -> None:
+    limited_answer = await gemini_chat(http, "sim:fault=429,retry_after=1.5")
+    assert (limited_answer.status_code, "retry-after" in limited_answer.headers) == (429, False)
+    (body,) = limited_answer.json()
+    assert (body["error"]["code"], body["error"]["status"]) == (429, "RESOURCE_EXHAUSTED")
+    assert body["error"]["details"][0]["retryDelay"] == "1.5s"
+    failed = await gemini_chat(http, "sim:fault=error_event,after=1")
+    assert json.loads(events_of(failed.content)[-1][1])["error"]["status"] == "UNAVAILABLE"
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    refused = await gemini_chat(http, messages=[{"role": "user", "content": [image]}])
+    assert refused.json()[0]["error"]["status"] == "INVALID_ARGUMENT"
+
+
+async def test_gemini_chat_wants_its_key_as_a_bearer() -> None:
+    async with Simulator(key="secret") as sim, httpx.AsyncClient(base_url=sim.url) as http:
+        refused = await gemini_chat(http)
+        assert refused.status_code == 400
+        assert refused.json()[0]["error"]["details"][0]["reason"] == "API_KEY_INVALID"
+        http.headers["authorization"] = "Bearer secret"
+        assert (await gemini_chat(http)).status_code == 200
 
 
 # Ways to run it

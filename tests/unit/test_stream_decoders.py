@@ -73,6 +73,49 @@ def test_an_error_beside_choices_is_an_error() -> None:
     assert code_of(decoder) == "unreachable"
 
 
+GOOGLES = {"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED", "details": []}}
+
+
+@pytest.mark.parametrize("value", [GOOGLES, [GOOGLES]])
+@pytest.mark.parametrize("kind", [ChatDecoder, MessagesDecoder])
+def test_googles_error_is_found_as_a_body_and_in_a_stream(kind: type[AnswerDecoder], value: Any) -> None:
+    for body in (orjson.dumps(value), b"\n" + orjson.dumps(value)):
+        decoder = kind()
+        assert run(decoder, body) == []
+        assert code_of(decoder) == "rate_limited"
+    decoder = ChatDecoder()
+    assert text_of(run(decoder, sse(chat("hi"), value))) == "hi"
+    assert code_of(decoder) == "rate_limited"
+
+
+@pytest.mark.parametrize("body", [b"[]", b"[1]", b"[{}]", b'["error"]', b"[" * 100_000])
+def test_a_list_without_an_error_is_malformed(body: bytes) -> None:
+    decoder = ChatDecoder()
+    run(decoder, body)
+    assert code_of(decoder) == "malformed"
+
+
+@pytest.mark.parametrize("reason", ["content_filter", "content_filter: SAFETY", "content_filter: PROHIBITED_CONTENT"])
+def test_an_answer_that_a_filter_ended_is_refused(reason: str) -> None:
+    decoder = ChatDecoder()
+    assert text_of(run(decoder, sse(chat("hi"), chat(None, reason), b"[DONE]"))) == "hi"
+    assert code_of(decoder) == "refused"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "total", "counted"),
+    [(10, 5, 115, 105), (10, 5, 15, 5), (10, 5, 0, 5), (10, 0, 60, 50), (10, 5, 12, 5), (10, 5, None, 5)],
+)
+def test_thinking_that_only_the_total_counts_is_output_where_the_provider_counts_so(
+    asked: int, said: int, total: int | None, counted: int
+) -> None:
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": total}
+    for decoder, wanted in ((ChatDecoder(thinking_in_total=True), counted), (ChatDecoder(), said)):
+        items = run(decoder, sse(chat("hi", "stop", usage=usage), b"[DONE]"))
+        assert [i.usage.output_tokens for i in items if isinstance(i, UsageUpdate)] == [wanted]
+        assert [i.usage.input_tokens for i in items if isinstance(i, UsageUpdate)] == [asked]
+
+
 def test_a_null_error_in_each_chunk_is_none() -> None:
     items = run(ChatDecoder(), sse(chat("hi", error=None), {"choices": [], "error": None}, chat("", "stop"), b"[DONE]"))
     assert isinstance(items[-1], Finished)

@@ -9,6 +9,7 @@ from typing import Final
 from promptmill.contract import JobRequest, Restart, Usage
 from promptmill.errors import BackendError
 from promptmill_workers.backends.base import Backend, Call, Finished, StartedAnew, TextDelta, UsageUpdate
+from promptmill_workers.backends.structured import check_answer, check_schema
 from promptmill_workers.deadlines import Deadlines
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.writer import Writer
@@ -51,9 +52,11 @@ async def stream(backend: Backend, call: Call, log: JobLog, writer: Writer, into
     Raises
     ------
     BackendError
-        The attempt failed: the backend's own error, one of the timeouts, or ``cut``/``empty`` where a backend ended
-        without its end or without text.
+        The attempt failed: the backend's own error, one of the timeouts, ``cut``/``empty`` where a backend ended
+        without its end or without text, or ``malformed`` where the answer has not the form that was asked for.
     """
+    if call.request.response_format is not None:
+        await check_schema(call.request.response_format)
     parts, mark = into.parts, writer.mark
     async with Deadlines(call.timeouts) as deadlines, aclosing(backend.complete(call)) as items:
         async for item in items:
@@ -78,3 +81,5 @@ async def stream(backend: Backend, call: Call, log: JobLog, writer: Writer, into
         raise BackendError("the answer ended without its end", code="cut")
     if not parts:
         raise BackendError("the answer has no text", code="empty")
+    if call.request.response_format is not None:
+        await check_answer(into.text, call.request.response_format)

@@ -18,12 +18,13 @@ from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
 from promptmill.heartbeat import WorkerState, beat, leave
 from promptmill.queues import API_FAMILY
-from promptmill.settings import Settings
+from promptmill.settings import FAMILIES, PROGRAM_FAMILIES, ModelConfig, Settings
 from promptmill.store import Store
 from promptmill.store.connection import reason, store_errors
 from promptmill.store.link import Link
 from promptmill.watch import Watcher
 from promptmill_workers.pace import Pace
+from promptmill_workers.programs import configure, prepare
 from promptmill_workers.runner import Runner
 from promptmill_workers.writer import Writer
 
@@ -38,6 +39,10 @@ def new_worker_id(name: str) -> str:
     return f"{name}@{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
+def _runs_programs(model: ModelConfig) -> bool:
+    return model.isolation == "process" or FAMILIES.get(model.type) in PROGRAM_FAMILIES
+
+
 class Engine:
     """Store, writer, runner, heartbeat, control channel and watcher of one process.
 
@@ -49,6 +54,8 @@ class Engine:
         self.family = family
         self.worker_id = new_worker_id(name)
         self.state: WorkerState = "starting"
+        self.level: str | None = None
+        """How programs are kept together; None where the family runs none."""
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[Any]] = []
         self._count = 0
@@ -60,7 +67,15 @@ class Engine:
 
     @classmethod
     async def start(cls, settings: Settings, name: str, family: str = API_FAMILY) -> Engine:
-        """Connect and begin to beat. Raises StoreUnavailable where Redis is not there or not usable."""
+        """Connect and begin to beat.
+
+        Raises
+        ------
+        StoreUnavailable
+            Redis is not there or not usable.
+        ConfigError
+            ``guard_level`` names a level that this machine does not permit, and the family runs programs.
+        """
         engine = cls(settings, name, family)
         engine.store = await Store.connect(settings.store_url, max_connections=16)
         await engine.store.load_scripts()
@@ -70,6 +85,9 @@ class Engine:
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
         await asyncio.to_thread(engine.runner.backends.load, settings, family)
+        configure(settings.guard_level)
+        if any(m.worker_family == family and _runs_programs(m) for m in settings.models.values()):
+            engine.level = await prepare()
         await engine._beat()
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),
@@ -150,6 +168,7 @@ class Engine:
             concurrency=self.settings.concurrency,
             pid=os.getpid(),
             family=self.family,
+            level=self.level,
             paused=self.runner.pauses.names,
         )
         self._beaten_at = self._loop.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import aclosing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from promptmill.settings import Settings
 from promptmill.up.signals import StopRequest, stop_on_signals
 
 from . import exits
+from .attachments import image_part, read_json
 from .common import CANCEL_WAIT_S, ConfigOption, DataDirOption, JsonOption, client_settings, open_producer, unless_asked
 from .output import EventPrinter, note
 
@@ -30,6 +32,11 @@ def run(
     slot: Annotated[str | None, typer.Option(help="A slot of the role: primary, backup_1 …")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens that the answer may have.")] = None,
     temperature: Annotated[float | None, typer.Option(help="The sampling temperature.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="A picture: a file or an address; may be given again.")
+    ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="A file with the JSON Schema of the answer.")] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, metavar="SECONDS", help="Wait no longer than this; the job goes on.")
     ] = None,
@@ -50,10 +57,17 @@ def run(
         "slot": slot,
         "max_tokens": max_tokens,
         "temperature": temperature,
+        "stop": stop or None,
+        "response_format": _schema(json_schema) if json_schema else None,
     }
     settings = client_settings(config, data_dir)
     text = _prompt(prompt, settings.limits.request_bytes)
-    code = asyncio.run(_run(settings, text, options, timeout, as_json=as_json, verbose=verbose))
+    if image:
+        parts = [{"type": "text", "text": text}, *(image_part(where, settings.limits.image_bytes) for where in image)]
+        options["messages"] = [{"role": "user", "content": parts}]
+    else:
+        options["prompt"] = text
+    code = asyncio.run(_run(settings, options, timeout, as_json=as_json, verbose=verbose))
     raise typer.Exit(code)
 
 
@@ -71,12 +85,16 @@ def _prompt(argument: str | None, limit: int) -> str:
         raise BadRequest(f"standard input is not UTF-8 (byte {err.start})", field="prompt") from None
 
 
+def _schema(path: Path) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": read_json(path, "--json-schema")}
+
+
 async def _run(
-    settings: Settings, prompt: str, options: dict[str, Any], timeout_s: float | None, *, as_json: bool, verbose: bool
+    settings: Settings, options: dict[str, Any], timeout_s: float | None, *, as_json: bool, verbose: bool
 ) -> int:
     with stop_on_signals() as stop:
         async with open_producer(settings) as producer:
-            submitting = asyncio.create_task(producer.submit(prompt, **options))
+            submitting = asyncio.create_task(producer.submit(**options))
             job = await unless_asked(stop, _outlived_by(submitting))
             if job is None:
                 return await _cancel_submitted(stop, submitting)

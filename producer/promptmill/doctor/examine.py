@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from promptmill.demo_model import MODEL_NAME, find_model
+from promptmill.doctor.machine import check_machine
 from promptmill.doctor.models import check_models
 from promptmill.doctor.report import Check, Report
 from promptmill.doctor.stores import check_broker, check_store
@@ -24,7 +25,7 @@ _GROUPS: Final = ("installed", "configured", "reachable")
 
 
 async def examine(config: Path | None = None, data_dir: Path | None = None) -> Report:
-    """Everything, in a few seconds at most: nothing is waited for longer than 5 s, and models are asked side by side.
+    """Everything, in a few seconds: servers get 5 s and are asked side by side, this machine is looked at meanwhile.
 
     A broken configuration is a finding and no error; what depends on it is then left out.
     """
@@ -40,7 +41,9 @@ async def examine(config: Path | None = None, data_dir: Path | None = None) -> R
     report.checks += _configured(settings, running)
     if settings.redis_url is None and running is not None:
         settings = settings.model_copy(update={"redis_url": running.redis_url})
-    found = await asyncio.gather(check_store(settings), check_broker(settings), check_models(settings))
+    found = await asyncio.gather(
+        check_store(settings), check_broker(settings), check_models(settings), check_machine(settings)
+    )
     report.checks += [check for checks in found for check in checks]
     report.checks.sort(key=lambda check: _GROUPS.index(check.group))
     return report

@@ -5,30 +5,34 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from promptmill.doctor.machine import looked_at_here
 from promptmill.doctor.report import Check
 from promptmill.errors import ConfigError
-from promptmill.settings import ModelConfig, Settings
+from promptmill.settings import ModelConfig, Settings, read_secret
 
 _ANSWER_S: Final = 5.0
+_OWN_KEYS: Final = {"anthropic_api": "ANTHROPIC_API_KEY", "gemini_api": "GEMINI_API_KEY"}
 _MODELS_PATH: Final = {"openai": "/models", "openwebui": "/api/models"}
 
 
 async def check_models(settings: Settings) -> list[Check]:
-    """One finding a model, asked side by side. No job is run and nothing is billed."""
+    """One finding a model that a server answers for, asked side by side. No job is run and nothing is billed."""
     if not settings.models:
         advice = "add [models.NAME] to promptmill.toml; `echo` is always there, for tests"
         return [Check("configured", "models", "off", "none", advice)]
-    return list(await asyncio.gather(*(_check(name, model) for name, model in settings.models.items())))
+    asked = {name: model for name, model in settings.models.items() if not looked_at_here(model)}
+    return list(await asyncio.gather(*(_check(name, model) for name, model in asked.items())))
 
 
 async def _check(name: str, model: ModelConfig) -> Check:
     title = f"model {name}"
     try:
         key = model.secret()
+        if model.api_url is None and model.api_key_env is None and model.api_key_file is None:
+            # What the backend itself takes for its provider's own address.
+            key = read_secret(_OWN_KEYS.get(model.type), None)
     except ConfigError as err:
         return Check("reachable", title, "fail", err.message, "set it, or take the model out")
-    if model.type == "anthropic_api" and key is None:
-        return Check("reachable", title, "fail", "no key", 'give it api_key_env = "ANTHROPIC_API_KEY" or api_key_file')
     about = f"{model.type} {model.model_name or ''}".strip()
     if model.api_url is None:
         return Check("reachable", title, "ok", f"{about}{', key present' if key else ''}; its server was not asked")

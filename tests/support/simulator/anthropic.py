@@ -16,6 +16,7 @@ from tests.support.simulator.dialect import ApiError, Ask, Dialect, Finish, Usag
 
 _ids = count(1)
 _STOP = {"stop": "end_turn", "length": "max_tokens", "stop_sequence": "stop_sequence", "refusal": "refusal"}
+_MEDIA_TYPES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -66,6 +67,7 @@ class AnthropicMessages(Dialect):
             stream=optional(body, "stream", bool, False),
             max_tokens=max_tokens,
             stop=tuple(optional(body, "stop_sequences", list, [])),
+            wants_json=_wants_json(optional(body, "output_config", dict, {}).get("format")),
         )
         return fill(self.ask, body.get("system"), [(message["role"], message["content"]) for message in messages])
 
@@ -127,6 +129,15 @@ class AnthropicMessages(Dialect):
         }
 
 
+def _wants_json(form: Any) -> bool:
+    """Protocol: https://platform.claude.com/docs/en/build-with-claude/structured-outputs."""
+    if form is None:
+        return False
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+        raise ApiError(400, "output_config.format: Input should be json_schema with a schema")
+    return True
+
+
 def _check_message(message: Any, index: int) -> None:
     if not isinstance(message, dict) or message.get("role") not in {"user", "assistant"}:
         raise ApiError(400, f"messages.{index}.role: Input should be 'user' or 'assistant'")
@@ -141,6 +152,8 @@ def _check_message(message: Any, index: int) -> None:
         kind = source.get("type") if isinstance(source, dict) else None
         if block["type"] == "image" and kind not in {"base64", "url", "file"}:
             raise ApiError(400, f"{where}.image.source: Input should be base64, url or file")
+        if kind == "base64" and source.get("media_type") not in _MEDIA_TYPES:
+            raise ApiError(400, f"{where}.image.source.base64.media_type: Input should be one of {_MEDIA_TYPES}")
 
 
 def _cache(usage: Usage) -> tuple[int, int]:
@@ -152,7 +165,7 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.input_tokens,
         "cache_creation_input_tokens": usage.cache_write_tokens,
         "cache_read_input_tokens": usage.cache_read_tokens,
-        "output_tokens": usage.output_tokens,
+        "output_tokens": usage.output_tokens + usage.thinking_tokens,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the three providers' protocols share: the seam that the server drives, and JSON as bytes."""
+"""What the providers' protocols share: the seam that the server drives, and JSON as bytes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,26 @@ def dumps(value: Any) -> bytes:
 
 
 class ApiError(Exception):
-    """A documented error answer. `param` and `code` are OpenAI's fields; the others ignore them."""
+    """A documented error answer. `param` and `code` are OpenAI's fields; the others ignore them.
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    `retry_after` is the wait in seconds that the provider asks for, in its own way.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
 
 @dataclass(slots=True)
@@ -57,6 +69,8 @@ class Usage:
     output_tokens: int
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
+    thinking_tokens: int = 0
+    """Output beside `output_tokens`; each provider counts it in its own place."""
 
 
 @dataclass(slots=True)
@@ -98,6 +112,10 @@ class Dialect(ABC):
     @abstractmethod
     def headers(self) -> bytes:
         """Response header lines of the provider's own, each with its CRLF."""
+
+    def error_headers(self, error: ApiError) -> bytes:
+        """Further header lines of an error status."""
+        return b"" if error.retry_after is None else b"retry-after: %g\r\n" % error.retry_after
 
     @abstractmethod
     def prelude(self, usage: Usage) -> list[bytes]:

@@ -74,23 +74,17 @@ class GeminiContent(Dialect):
         return dumps([answer] if self._array else answer)
 
     def error(self, error: ApiError) -> bytes:
-        status = _STATUS.get(error.status, "UNKNOWN")
-        body: dict[str, Any] = {"code": error.status, "message": error.message, "status": status}
-        if error.code is not None:
-            info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": error.code}
-            body["details"] = [{**info, "domain": "googleapis.com"}]
-        return dumps({"error": body})
+        return dumps({"error": google_error(error)})
 
     def error_event(self, message: str | None, done: bool) -> list[bytes]:
         text = message or "The model is overloaded. Please try again later."
         return [b"data: " + self.error(ApiError(503, text)) + b"\r\n\r\n"]
 
     def unauthorised(self) -> ApiError:
-        return ApiError(400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID")
+        return wrong_key()
 
     def context_error(self, message: str | None) -> ApiError:
-        text = "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."
-        return ApiError(400, message or text)
+        return too_long(message)
 
     def _answer(self, text: str, finish: Finish) -> dict[str, Any]:
         candidate: dict[str, Any] = {"finishReason": finish.raw or _FINISH[finish.reason], "index": 0}
@@ -103,8 +97,10 @@ class GeminiContent(Dialect):
                 "promptTokenCount": usage.input_tokens,
                 "candidatesTokenCount": usage.output_tokens,
                 "cachedContentTokenCount": usage.cache_read_tokens,
-                "totalTokenCount": usage.input_tokens + usage.output_tokens,
+                "totalTokenCount": usage.input_tokens + usage.output_tokens + usage.thinking_tokens,
             }
+            if usage.thinking_tokens:
+                answer["usageMetadata"]["thoughtsTokenCount"] = usage.thinking_tokens
         return answer
 
     def _envelope(self, answer: dict[str, Any]) -> dict[str, Any]:
@@ -112,3 +108,31 @@ class GeminiContent(Dialect):
 
     def _event(self, answer: dict[str, Any]) -> bytes:
         return b"data: " + dumps(self._envelope(answer)) + b"\r\n\r\n"
+
+
+def google_error(error: ApiError) -> dict[str, Any]:
+    """Google's error object, with the wait as `RetryInfo` (https://cloud.google.com/apis/design/errors)."""
+    body: dict[str, Any] = {
+        "code": error.status,
+        "message": error.message,
+        "status": _STATUS.get(error.status, "UNKNOWN"),
+    }
+    details: list[dict[str, Any]] = []
+    if error.code is not None:
+        info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": error.code}
+        details.append({**info, "domain": "googleapis.com"})
+    if error.retry_after is not None:
+        delay = f"{error.retry_after:g}s"
+        details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay})
+    return {**body, "details": details} if details else body
+
+
+def wrong_key() -> ApiError:
+    """What Google answers to a wrong or missing key."""
+    return ApiError(400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID")
+
+
+def too_long(message: str | None) -> ApiError:
+    """What Google answers to a prompt that does not fit the model."""
+    text = "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."
+    return ApiError(400, message or text)

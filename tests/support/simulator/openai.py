@@ -45,9 +45,7 @@ class OpenAIChat(Dialect):
                 raise ApiError(400, f"Invalid value for 'messages[{index}].role'.", param=f"messages[{index}].role")
             _check_images(message.get("content"), index)
         stop = body.get("stop") or ()
-        form = optional(body, "response_format", dict, {}).get("type", "text")
-        if form not in {"text", "json_object", "json_schema"}:
-            raise ApiError(400, f"Invalid value: {form!r}.", param="response_format.type")
+        form = _form(optional(body, "response_format", dict, {}))
         options = optional(body, "stream_options", dict, {})
         stream = optional(body, "stream", bool, False)
         if options and not stream:
@@ -141,6 +139,19 @@ def models(names: list[str]) -> bytes:
     return dumps({"object": "list", "data": entries})
 
 
+def _form(given: Mapping[str, Any]) -> str:
+    form = given.get("type", "text")
+    if form not in {"text", "json_object", "json_schema"}:
+        raise ApiError(400, f"Invalid value: {form!r}.", param="response_format.type")
+    if form == "json_schema":
+        described = optional(given, "json_schema", dict, {})
+        for name, kind in (("name", str), ("schema", dict)):
+            if not isinstance(described.get(name), kind):
+                where = f"response_format.json_schema.{name}"
+                raise ApiError(400, f"Missing required parameter: '{where}'.", param=where)
+    return form
+
+
 def _check_images(content: Any, index: int) -> None:
     for part in content if isinstance(content, list) else ():
         if not isinstance(part, dict):
@@ -153,10 +164,11 @@ def _check_images(content: Any, index: int) -> None:
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    output_tokens = usage.output_tokens + usage.thinking_tokens
     return {
         "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "completion_tokens": output_tokens,
+        "total_tokens": usage.input_tokens + output_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
     }

@@ -54,8 +54,8 @@ class Plan:
     the response body every `wire` bytes, each cut piece an HTTP chunk and a write of its own.
 
     End: `finish` replaces the reason in the provider's own words. `usage` has `input_tokens`, `output_tokens`,
-    `cache_read_tokens`, `cache_write_tokens`, each reported as the provider's field of that meaning; `omit_usage`
-    reports none (OpenAI-compatible servers that ignore `stream_options`).
+    `cache_read_tokens`, `cache_write_tokens`, `thinking_tokens` (output beside `output_tokens`), each reported as the
+    provider's field of that meaning; `omit_usage` reports none (as servers that ignore `stream_options` do).
 
     Fault: one of `FAULTS`. `after` is the number of tokens before a fault in mid-stream (default: half of them;
     `refusal`: 0). With `times`, the first `times` requests of one `key` (default: the model name as sent) get the fault
@@ -130,7 +130,7 @@ class Plan:
         return well_formed("".join(self.pieces(user_text)))
 
 
-_USAGE_KEYS = frozenset({"input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens"})
+_USAGE_KEYS = frozenset({"input_tokens", "output_tokens", "cache_read_tokens", "cache_write_tokens", "thinking_tokens"})
 _FIELD_NAMES = frozenset(field.name for field in fields(Plan))
 
 
@@ -162,6 +162,7 @@ _SPEC_USAGE = {
     "output": "output_tokens",
     "cache_read": "cache_read_tokens",
     "cache_write": "cache_write_tokens",
+    "thinking": "thinking_tokens",
 }
 
 
@@ -169,7 +170,7 @@ def plan_from_model(model: str, base: Plan) -> Plan | None:
     """The plan in a model name such as `sim:tokens=100,rate=50,fault=cut,after=10`, on top of `base`.
 
     Text values are percent-encoded where they hold a comma. Also known: `input`, `output`, `cache_read`,
-    `cache_write` (usage).
+    `cache_write`, `thinking` (usage).
 
     Returns:
         None when the name holds no spec (`sim`, `llama3.2:1b`).

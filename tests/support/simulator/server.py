@@ -16,6 +16,7 @@ from tests.support.simulator.anthropic import AnthropicMessages
 from tests.support.simulator.connection import Connection, Request, head
 from tests.support.simulator.dialect import ApiError, Dialect, dumps
 from tests.support.simulator.gemini import GeminiContent
+from tests.support.simulator.gemini_chat import GeminiChat
 from tests.support.simulator.openai import OpenAIChat, models
 from tests.support.simulator.records import Ledger, RequestRecord
 from tests.support.simulator.script import STATUS_FAULTS, Plan, PlanError, plan_from_mapping, plan_from_model
@@ -251,7 +252,8 @@ class Simulator:
             if fault != "context":
                 status = STATUS_FAULTS[fault]
                 error = ApiError(status, plan.message or _MESSAGES.get(status, f"Simulated error {status}."))
-            delayed = Delayed(lambda: self._refuse(connection, dialect, record, error, plan.retry_after))
+            error.retry_after = plan.retry_after
+            delayed = Delayed(lambda: self._refuse(connection, dialect, record, error))
             connection.answer = delayed
             self._ticker.at(time.monotonic() + plan.first, delayed)
             return
@@ -272,18 +274,9 @@ class Simulator:
         connection.answer = whole
         whole.begin(head(200, dialect.headers()) + b"Content-Type: application/json\r\n")
 
-    def _refuse(
-        self,
-        connection: Connection,
-        dialect: Dialect,
-        record: RequestRecord,
-        error: ApiError,
-        retry_after: float | None = None,
-    ) -> None:
+    def _refuse(self, connection: Connection, dialect: Dialect, record: RequestRecord, error: ApiError) -> None:
         record.status = error.status
-        headers = dialect.headers()
-        if retry_after is not None:
-            headers += b"retry-after: %g\r\n" % retry_after
+        headers = dialect.headers() + dialect.error_headers(error)
         connection.respond(error.status, dialect.error(error), headers=headers, outcome=records.FAULTED)
 
     def _other(self, connection: Connection, request: Request) -> None:
@@ -363,6 +356,8 @@ def dialect_for(request: Request) -> Dialect | None:
     path = request.path
     if path in {"/v1/chat/completions", "/api/chat/completions"}:
         return OpenAIChat()
+    if path == "/v1beta/openai/chat/completions":
+        return GeminiChat()
     if path in {"/v1/messages", "/v1/messages/count_tokens"}:
         return AnthropicMessages(counting=path.endswith("count_tokens"))
     if path.startswith("/v1beta/models/"):

@@ -18,7 +18,10 @@ Factory = Callable[[str, ModelConfig], Backend]
 ENTRY_POINTS: Final = "promptmill.backends"
 _BUILTIN: Final = {
     "anthropic_api": ("promptmill_workers.backends.anthropic_api", "AnthropicApi"),
+    "claude_cli": ("promptmill_workers.backends.claude_cli", "ClaudeCli"),
     "echo": ("promptmill_workers.backends.echo", "Echo"),
+    "gemini_api": ("promptmill_workers.backends.gemini_api", "GeminiApi"),
+    "gemini_cli": ("promptmill_workers.backends.gemini_cli", "GeminiCli"),
     "local_openai": ("promptmill_workers.backends.local_openai", "LocalOpenAI"),
 }
 

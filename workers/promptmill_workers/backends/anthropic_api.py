@@ -22,14 +22,14 @@ from anthropic.resources.messages import AsyncMessages
 from httpx_aiohttp.httpx2 import AiohttpTransport
 from pydantic import Field
 
-from promptmill.contract import ImagePart, JobRequest, Message
-from promptmill.errors import ConfigError
+from promptmill.contract import ImagePart, JobRequest, Message, ResponseFormat
+from promptmill.errors import BackendError, ConfigError
 from promptmill.settings import ModelConfig
 from promptmill_workers.backends import http
 from promptmill_workers.backends.anthropic_stream import MessagesDecoder
 from promptmill_workers.backends.base import Call, Item
 from promptmill_workers.backends.failures import status_error, transport_error
-from promptmill_workers.backends.options import Options, parse_options, secret_for_call
+from promptmill_workers.backends.options import Options, parse_options, secret_for_call, with_default_key
 
 DEFAULT_URL: Final = "https://api.anthropic.com"
 DEFAULT_KEY_ENV: Final = "ANTHROPIC_API_KEY"
@@ -51,7 +51,7 @@ class AnthropicOptions(Options):
 
 
 class AnthropicApi:
-    """See the module. One connection pool, opened at the first call.
+    """See the module. Opens its share of the connection pool at the first call.
 
     The key is read at each call. Where neither ``api_key_env`` nor ``api_key_file`` is configured, it is
     ``ANTHROPIC_API_KEY`` for Anthropic's own address, and none for another ``api_url``: a key must not travel to a host
@@ -63,14 +63,12 @@ class AnthropicApi:
         self._options = parse_options(AnthropicOptions, name, config)
         if not config.model_name:
             raise ConfigError(f"models.{name}: anthropic_api needs model_name", field=f"models.{name}.model_name")
-        if not config.api_url and not config.api_key_env and not config.api_key_file:
-            config = config.model_copy(update={"api_key_env": DEFAULT_KEY_ENV})
-        self._config = config
+        self._config = with_default_key(config, DEFAULT_URL, DEFAULT_KEY_ENV)
         self._model = config.model_name
         # The SDK appends /v1/messages.
         self._url = (config.api_url or DEFAULT_URL).removesuffix("/v1")
         self._address = urlsplit(self._url).netloc.rpartition("@")[2]
-        http.ssl_context_for(self._url)  # read now: the first call must not stop the event loop for it
+        self._lease = http.Lease(self._url)
         self._http: httpx2.AsyncClient | None = None
         self._client: AsyncAnthropic | None = None
         self._key: str | None = None
@@ -86,10 +84,11 @@ class AnthropicApi:
                         yield item
 
     async def aclose(self) -> None:
-        """Close every connection."""
+        """Give up the share in the pool."""
         client, self._http, self._client = self._http, None, None
         if client is not None:
             await client.aclose()
+        await self._lease.aclose()
 
     @asynccontextmanager
     async def _answer(self, call: Call, secret: str | None) -> AsyncGenerator[httpx2.Response]:
@@ -120,13 +119,12 @@ class AnthropicApi:
 
     def _sdk(self, secret: str | None) -> AsyncAnthropic:
         if self._http is None:
-            context = http.ssl_context_for(self._url)
-            proxy = http.proxy_for(self._url)
+            lease = self._lease
             self._http = httpx2.AsyncClient(
-                transport=AiohttpTransport(
-                    verify=context,
-                    client=lambda: http.open_session(context),
-                    proxy=httpx2.Proxy(proxy) if proxy else None,
+                transport=_Shared(
+                    verify=lease.context,
+                    client=lease.session(),
+                    proxy=httpx2.Proxy(lease.proxy) if lease.proxy else None,
                 ),
                 headers={"accept-encoding": "identity"},
                 cookies=http.no_cookies(),
@@ -151,11 +149,34 @@ class AnthropicApi:
         if request.stop:
             arguments["stop_sequences"] = request.stop
         extra = dict(self._options.extra_body)
+        if request.response_format:
+            # One object holds the format and what extra_body may set beside it (`effort`).
+            beside: dict[str, Any] = extra.pop("output_config", {})
+            arguments["output_config"] = {**beside, "format": _output_format(request.response_format)}
         if request.temperature is not None:
             extra["temperature"] = request.temperature
         if extra:
             arguments["extra_body"] = extra
         return arguments
+
+
+class _Shared(AiohttpTransport):
+    """A transport whose session is everybody's: closing the client must not close it."""
+
+    async def aclose(self) -> None:
+        return
+
+
+def _output_format(form: ResponseFormat) -> dict[str, Any]:
+    """Protocol: https://platform.claude.com/docs/en/build-with-claude/structured-outputs."""
+    if form.json_schema is None:
+        # The API knows schemas only, and of an object's schema it demands that all properties be named.
+        raise BackendError(
+            "response_format.type: the Messages API knows no json_object; give a json_schema",
+            code="bad_request",
+            field="response_format.type",
+        )
+    return {"type": "json_schema", "schema": form.json_schema}
 
 
 def _message(message: Message) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class AnswerDecoder(ABC):
         self._secret = secret
         self._framer = SseFramer()
         self._joiner = SurrogateJoiner()
-        self._whole: list[bytes] | None = None  # a body that is one JSON object, not a stream
+        self._whole: list[bytes] | None = None  # a body that is one JSON value, not a stream
         self._whole_size = 0
         self._begun = False
         self._any_text = False
@@ -121,7 +121,7 @@ class AnswerDecoder(ABC):
         if not head:
             return
         self._begun = True
-        if head.startswith(b"{"):  # no line of a stream begins like that
+        if head.startswith((b"{", b"[")):  # no line of a stream begins like that
             self._whole = []
         elif head.startswith(b"<"):
             self.fail("malformed", "the provider answered with a web page; is api_url right?")
@@ -144,15 +144,17 @@ class AnswerDecoder(ABC):
             value = _parse(data)
         if isinstance(value, dict):
             self._value(cast("dict[str, Any]", value), items)
+        elif error := error_object(value):
+            self.error(error)
         else:
             self.fail("malformed", "the provider sent an event that is not a JSON object")
 
     def _object(self, body: bytes, items: list[Item]) -> None:
         value = _parse(body)
-        if not isinstance(value, dict):
-            self.fail("malformed", "the provider's answer is not JSON")
-        elif error := error_object(value):
+        if error := error_object(value):
             self.error(error)
+        elif not isinstance(value, dict):
+            self.fail("malformed", "the provider's answer is not a JSON object")
         else:
             self._answer(cast("dict[str, Any]", value), items)
 

@@ -1,6 +1,10 @@
-"""Connections to providers: one pool a backend, aiohttp underneath.
+"""Connections to providers: one pool a process, aiohttp underneath.
 
-httpx's interface over aiohttp's transport takes a third of the CPU per streamed chunk that httpx's own takes.
+All backends of an event loop share one pool (one for each kind of TLS context and each proxy). It is opened at the
+first call and closed with the last backend that used it; one that is closed earlier takes nothing from the others.
+
+httpx's interface over aiohttp's transport takes two fifths of the CPU per streamed chunk that httpx's own transport
+takes (docs/adr/0012).
 
 What is set here and why:
 
@@ -18,7 +22,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final, Protocol, cast
@@ -27,7 +33,6 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx
-from httpx_aiohttp import AiohttpTransport
 
 from promptmill.settings import LOOPBACK
 from promptmill_workers.backends.base import Item
@@ -66,15 +71,75 @@ def proxy_for(url: str) -> str | None:
     return proxies.get(parts.scheme) or proxies.get("all")
 
 
+@lru_cache(maxsize=1)
+def _plain_context() -> ssl.SSLContext:
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
 def ssl_context_for(url: str) -> ssl.SSLContext:
     """A context that verifies against the known authorities; for plain HTTP one that knows none, so nothing passes."""
     if url.startswith("http://") and proxy_for(url) is None:
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        return _plain_context()
     return _verifying_context()
 
 
-def open_session(context: ssl.SSLContext) -> aiohttp.ClientSession:
-    """The pool itself. Call it in the event loop that will use it."""
+@dataclass(slots=True)
+class _Pool:
+    session: aiohttp.ClientSession
+    leases: int = 0
+
+
+_Key = tuple[ssl.SSLContext, str | None]
+_pools: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[_Key, _Pool]]] = weakref.WeakKeyDictionary()
+
+
+class Lease:
+    """One backend's share in the pool for ``url``'s host.
+
+    ``context`` and ``proxy`` are those that hold when the lease is made, which reads the certificates: make it before
+    the first call, outside of the event loop's way.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.context = ssl_context_for(url)
+        self.proxy = proxy_for(url)
+        self._pool: _Pool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def session(self) -> aiohttp.ClientSession:
+        """The shared session of the running event loop; opened where there is none. Never close it yourself."""
+        if self._pool is None:
+            self._loop = asyncio.get_running_loop()
+            pools = _pools.setdefault(self._loop, {})
+            key = (self.context, self.proxy)
+            if key not in pools:
+                pools[key] = _Pool(_open_session(self.context))
+            self._pool = pools[key]
+            self._pool.leases += 1
+        return self._pool.session
+
+    async def aclose(self) -> None:
+        """Give the share back; the last one closes every connection, those in use too.
+
+        Call it in the loop of :meth:`session`. The lease can be used again afterwards.
+        """
+        pool, self._pool = self._pool, None
+        if pool is None or self._loop is None:
+            return
+        pool.leases -= 1
+        if pool.leases:
+            return
+        # Out of the table before the first await: who opens meanwhile gets a pool that is not being closed.
+        _pools[self._loop].pop((self.context, self.proxy), None)
+        await pool.session.close()
+
+
+def open_pools() -> int:
+    """How many pools the running event loop has open."""
+    return len(_pools.get(asyncio.get_running_loop(), {}))
+
+
+def _open_session(context: ssl.SSLContext) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ssl=context)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
@@ -82,15 +147,6 @@ def open_session(context: ssl.SSLContext) -> aiohttp.ClientSession:
 def no_cookies() -> CookieJar:
     """A jar that takes nothing."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-
-
-def open_transport(url: str) -> httpx.AsyncBaseTransport:
-    """A pool for requests to ``url``'s host. Call it in the event loop that will use it; close it there."""
-    context = ssl_context_for(url)
-    proxy = proxy_for(url)
-    return AiohttpTransport(
-        verify=context, client=lambda: open_session(context), proxy=httpx.Proxy(proxy) if proxy else None
-    )
 
 
 def timeouts(connect_s: float | None) -> httpx.Timeout:

@@ -13,8 +13,9 @@ from promptmill_workers.backends.base import Item, UsageUpdate
 from promptmill_workers.backends.decoding import NOTHING, REFUSED, AnswerDecoder, count, joined
 from promptmill_workers.backends.failures import error_object
 
+_FILTERED: Final = "content_filter"
+"""The reason of an answer that a filter ended; Google appends its own word: ``content_filter: SAFETY``."""
 _REASONS: Final = {
-    "content_filter": REFUSED,
     "max_tokens": "length",
     "end_turn": "stop",
     "eos_token": "stop",
@@ -23,7 +24,16 @@ _REASONS: Final = {
 
 
 class ChatDecoder(AnswerDecoder):
-    """``chat.completion.chunk`` events, or one ``chat.completion`` from a server that ignored ``stream``."""
+    """``chat.completion.chunk`` events, or one ``chat.completion`` from a server that ignored ``stream``.
+
+    ``thinking_in_total`` says that ``total_tokens`` alone counts the tokens of the model's thinking (Google's).
+    """
+
+    def __init__(
+        self, *, request_id: str | None = None, secret: str | None = None, thinking_in_total: bool = False
+    ) -> None:
+        super().__init__(request_id=request_id, secret=secret)
+        self._thinking_in_total = thinking_in_total
 
     def _is_end(self, data: bytes) -> bool:
         return data == b"[DONE]"
@@ -66,7 +76,8 @@ class ChatDecoder(AnswerDecoder):
         if refusal:
             self.refusal += str(refusal)
         if reason:
-            self.reason = _REASONS.get(str(reason), str(reason))
+            reason = str(reason)
+            self.reason = REFUSED if reason.startswith(_FILTERED) else _REASONS.get(reason, reason)
 
     def _usage(self, value: Any, items: list[Item]) -> None:
         if not isinstance(value, dict):
@@ -74,10 +85,13 @@ class ChatDecoder(AnswerDecoder):
         usage = cast("dict[str, Any]", value)
         details: Any = usage.get("prompt_tokens_details")
         cached = count(details.get("cached_tokens")) if isinstance(details, dict) else 0  # pyright: ignore[reportUnknownMemberType]
+        asked, said = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+        if self._thinking_in_total:
+            said = max(said, count(usage.get("total_tokens")) - asked)
         counted = Usage(
             # OpenAI counts cached tokens among the prompt's; ours are apart, so that each is priced once.
-            input_tokens=max(count(usage.get("prompt_tokens")) - cached, 0),
-            output_tokens=count(usage.get("completion_tokens")),
+            input_tokens=max(asked - cached, 0),
+            output_tokens=said,
             cache_read_tokens=cached,
         )
         items.append(UsageUpdate(counted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -34,6 +35,17 @@ def parse_options(kind: type[_Options], name: str, config: ModelConfig) -> _Opti
         key = ".".join(("models", name, "options", *(str(part) for part in item["loc"])))
         reason = "no such option" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{key}: {reason}", field=key) from None
+
+
+def with_default_key(config: ModelConfig, own_url: str, variable: str) -> ModelConfig:
+    """``config`` with the provider's usual variable for the key, where none is configured and the address is its own.
+
+    For another address there is no default: a key must not travel to a host that it was not meant for.
+    """
+    own, asked = urlsplit(own_url), urlsplit(config.api_url or own_url)
+    if config.api_key_env or config.api_key_file or (asked.scheme, asked.netloc) != (own.scheme, own.netloc):
+        return config
+    return config.model_copy(update={"api_key_env": variable})
 
 
 def secret_for_call(name: str, config: ModelConfig) -> str | None:

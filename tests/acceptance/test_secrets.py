@@ -1,0 +1,496 @@
+"""Keys and prompts are planted, jobs of every kind run, and everything that others could look at is searched for them.
+
+One run for each kind of program, scripted and real: first the jobs are submitted while no worker runs, so that their
+messages can be read; then workers of every family run them while the process list is watched; then Flower, the store
+and the logs are read.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import redis
+
+from tests.support.processes import wait_gone
+from tests.support.programs import real_program, script
+from tests.support.simulator import SimulatorHandle, running_simulator
+from tests.support.store import free_port
+from tests.support.up import Up, environment
+from tests.support.worker import worker_process
+
+pytestmark = [pytest.mark.xdist_group("secrets"), pytest.mark.timeout(300)]
+
+SLOW = "sim:tokens=90,rate=15"
+"""Long enough that the jobs of all families run at once and Flower can ask for them meanwhile."""
+FAMILIES = ("api", "claude", "gemini")
+END_STATES = {"succeeded", "failed", "cancelled", "expired"}
+ENDED_S = 90.0
+FAKE_CLAUDE = """
+import json, sys, time
+sys.stdin.readline()  # one message; it is not told that there are no more
+def say(value):
+    print(json.dumps(value), flush=True)
+say({"type": "system", "subtype": "init"})
+for word in ["three ", "slow ", "words"]:
+    time.sleep(2)
+    delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+    say({"type": "stream_event", "event": delta})
+say({"type": "result", "subtype": "success", "is_error": False, "result": "three slow words", "stop_reason": "end_turn",
+     "usage": {"input_tokens": 1, "output_tokens": 3}, "total_cost_usd": 0.1})
+"""
+FAKE_GEMINI = """
+import json, sys, time
+sys.stdin.read()
+def say(value):
+    print(json.dumps(value), flush=True)
+say({"type": "init"})
+for word in ["three ", "slow ", "words"]:
+    time.sleep(2)
+    say({"type": "message", "role": "assistant", "content": word, "delta": True})
+say({"type": "result", "status": "success", "stats": {"input_tokens": 1, "output_tokens": 3}})
+"""
+
+
+@dataclass
+class Planted:
+    """What must not be seen. Letters and digits only: no encoding on the way changes them."""
+
+    prompt: str
+    system: str
+    keys: dict[str, str]
+    """By the variable that holds it; KEY_FILE stands in a file."""
+
+    @classmethod
+    def new(cls) -> Planted:
+        def mark(what: str) -> str:
+            return f"planted{what}{secrets.token_hex(12)}"
+
+        names = ("ANTHROPIC", "LOCAL", "HEADER", "GEMINI", "CLAUDE", "GEMINICLI", "APART", "FILE", "USER", "SIGNING")
+        return cls(mark("Prompt"), mark("System"), {f"PLANTED_{name}": mark(name.title()) for name in names})
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What the processes are started with."""
+        given = {k: v for k, v in self.keys.items() if k not in {"PLANTED_FILE", "PLANTED_SIGNING"}}
+        return given | {"PROMPTMILL_SIGNING_KEY": self.keys["PLANTED_SIGNING"]}
+
+    def found(self, where: str, *, prompts: bool = True) -> list[str]:
+        """The names of what stands in a text."""
+        words = {**self.keys, **({"prompt": self.prompt, "system prompt": self.system} if prompts else {})}
+        return [name for name, word in words.items() if word in where]
+
+
+@dataclass
+class Seen:
+    """All that was collected."""
+
+    planted: Planted
+    processes: set[str] = field(default_factory=set)
+    """Command lines, by `ps` and by /proc."""
+    environments: dict[str, str] = field(default_factory=dict)
+    """Of the processes that run a backend, by command line."""
+    logs: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    """All that the store was told while the jobs lived, scripts' own commands included."""
+    stored: dict[str, str] = field(default_factory=dict)
+    flower: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    headers: list[str] = field(default_factory=list)
+    """Of the requests that reached the provider."""
+    store_password: str = ""
+
+
+def configuration(planted: Planted, url: str, programs: dict[str, str], key_file: Path) -> str:
+    refused = f"sim:fault=401,message=Incorrect%20API%20key%20provided%3A%20{planted.keys['PLANTED_LOCAL']}"
+    common = {
+        "anthropic": f'type = "anthropic_api"\nmodel_name = "{SLOW}"\napi_url = "{url}"\n',
+        "local": f'type = "local_openai"\nmodel_name = "{SLOW}"\napi_url = "{url}/v1"\n',
+        "gemini-api": f'type = "gemini_api"\nmodel_name = "{SLOW}"\napi_url = "{url}/v1beta/openai"\n',
+    }
+    apart = 'isolation = "process"\n'
+    header = 'options = { headers_env = { "x-planted" = "PLANTED_HEADER" } }\n'
+    models = {
+        "anthropic": common["anthropic"] + 'api_key_env = "PLANTED_ANTHROPIC"\n',
+        "anthropic-apart": common["anthropic"] + 'api_key_env = "PLANTED_APART"\n' + apart,
+        "local": common["local"] + 'api_key_env = "PLANTED_LOCAL"\n' + header,
+        "local-file": common["local"] + f'api_key_file = "{key_file}"\n',
+        "local-apart": common["local"] + 'api_key_env = "PLANTED_LOCAL"\n' + header + apart,
+        "local-refused": common["local"].replace(SLOW, refused) + 'api_key_env = "PLANTED_LOCAL"\n',
+        "apart-refused": common["local"].replace(SLOW, refused) + 'api_key_env = "PLANTED_LOCAL"\n' + apart,
+        "gemini-api": common["gemini-api"] + 'api_key_env = "PLANTED_GEMINI"\n',
+        "gemini-apart": common["gemini-api"] + 'api_key_env = "PLANTED_GEMINI"\n' + apart,
+        "claude": f'type = "claude_cli"\nmodel_name = "{SLOW}"\napi_url = "{url}"\napi_key_env = "PLANTED_CLAUDE"\n'
+        f'options = {{ program = "{programs["claude"]}" }}\n',
+        "gemini": f'type = "gemini_cli"\nmodel_name = "{SLOW}"\napi_url = "{url}"\napi_key_env = "PLANTED_GEMINICLI"\n'
+        f'options = {{ program = "{programs["gemini"]}" }}\n',
+    }
+    head = 'log_level = "debug"\n[api_keys.somebody]\nkey_env = "PLANTED_USER"\n'
+    return head + "".join(f"[models.{name}]\n{text}" for name, text in models.items())
+
+
+def argument_lists() -> set[str]:
+    """The command lines of all processes, as /proc shows them."""
+    found: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            found.add("\0".join(process.cmdline()))
+    return found
+
+
+@contextmanager
+def watching_processes(seen: Seen, programs: dict[str, str]) -> Generator[None]:
+    """Look at all processes again and again."""
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def interesting(line: str) -> bool:
+        return "promptmill_workers.child" in line or any(path in line for path in programs.values())
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            seen.processes |= argument_lists()
+            done = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, check=True, text=True)
+            seen.processes |= set(done.stdout.splitlines())
+            for process in psutil.process_iter():
+                with contextlib.suppress(psutil.Error, OSError):
+                    line = " ".join(process.cmdline())
+                    if interesting(line):
+                        path = Path(f"/proc/{process.pid}/environ")
+                        seen.environments[line] = seen.environments.get(line, "") + path.read_text(errors="replace")
+
+    def run() -> None:
+        try:
+            look()
+        except BaseException as err:  # noqa: BLE001 - shown by who waits for the thread
+            failed.append(err)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert failed == []
+
+
+@contextmanager
+def watching_commands(seen: Seen, url: str) -> Generator[None]:
+    """Every command that the store gets, as MONITOR tells it; the store itself leaves out passwords."""
+    with redis.Redis.from_url(url) as client:
+        arguments = client.connection_pool.connection_kwargs
+        client.config_set("client-output-buffer-limit", "normal 0 0 0")
+    with socket.create_connection((arguments["host"], arguments["port"])) as link:
+        login = f"AUTH {arguments.get('username') or 'default'} {arguments['password']}\r\n"
+        link.sendall(f"{login}MONITOR\r\n".encode())
+        heard = bytearray()
+
+        def listen() -> None:
+            while chunk := link.recv(1 << 16):
+                heard.extend(chunk)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        try:
+            yield
+        finally:
+            link.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    lines = heard.decode(errors="replace").split("\r\n")
+    assert lines[:2] == ["+OK", "+OK"]
+    seen.commands += lines[2:]
+
+
+@contextmanager
+def running_flower(url: str, home: Path, log: Path) -> Generator[str]:
+    """A Flower at the broker; answers its address. It asks the workers to send events, as it does by default."""
+    port = free_port()
+    command = [sys.executable, "-m", "celery", "flower", "--address=127.0.0.1", f"--port={port}"]
+    variables = {"CELERY_BROKER_URL": url, "FLOWER_UNAUTHENTICATED_API": "true"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=home, env=environment(home, **variables), stdout=out, stderr=out)
+        try:
+            wait_for(lambda: get(f"http://127.0.0.1:{port}/healthcheck") is not None, "Flower answers")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+            process.wait()
+            wait_gone([process.pid])
+
+
+def get(url: str, **headers: str) -> httpx.Response | None:
+    try:
+        return httpx.get(url, headers=headers, timeout=20, trust_env=False)
+    except httpx.TransportError:
+        return None
+
+
+def wait_for(condition: Callable[[], Any], description: str, timeout_s: float = 30) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (held := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {description}"
+        time.sleep(0.05)
+    return held
+
+
+def dump(client: redis.Redis) -> dict[str, str]:
+    """Every key with its value, whatever its type."""
+    readers: dict[bytes, Callable[[bytes], Any]] = {
+        b"string": client.get,
+        b"hash": client.hgetall,
+        b"list": lambda key: client.lrange(key, 0, -1),
+        b"set": client.smembers,
+        b"zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+        b"stream": client.xrange,
+    }
+    found: dict[str, str] = {}
+    for key in client.scan_iter(count=1000):
+        kind = client.type(key)
+        if kind != b"none":  # it expired meanwhile
+            found[key.decode()] = repr(readers[kind](key))
+    return found
+
+
+def submit_all(seen: Seen, up: Up, models: list[str]) -> None:
+    for number, model in enumerate(models):
+        answer = httpx.post(
+            f"{up.about['url']}/v1/jobs",
+            json={
+                "prompt": f"Say {seen.planted.prompt} to nobody.",
+                "system": f"You keep {seen.planted.system} to yourself.",
+                "model": model,
+                "priority": "batch" if number % 2 else "interactive",
+            },
+            headers={"authorization": f"Bearer {seen.planted.keys['PLANTED_USER']}"},
+            timeout=30,
+            trust_env=False,
+        )
+        assert answer.status_code in {200, 201, 202}, answer.text
+        seen.jobs[model] = answer.json()
+
+
+def wait_ended(seen: Seen, up: Up) -> None:
+    key = f"Bearer {seen.planted.keys['PLANTED_USER']}"
+    for model, job in seen.jobs.items():
+
+        def ended(job_id: str = job["id"]) -> dict[str, Any] | None:
+            answer = get(f"{up.about['url']}/v1/jobs/{job_id}", authorization=key)
+            found = answer.json() if answer is not None else {}
+            return found if found.get("state") in END_STATES else None
+
+        seen.jobs[model] = wait_for(ended, f"the job of {model} ends", ENDED_S)
+
+
+def workers_in_flower(url: str) -> list[str]:
+    answer = httpx.get(f"{url}/api/workers?refresh=1", timeout=30, trust_env=False)
+    return list(answer.json()) if answer.status_code == 200 else []
+
+
+def wait_running_in_flower(seen: Seen, url: str) -> None:
+    """Until Flower shows jobs of ours that run: what it shows of them is what is to be searched."""
+    ids = {job["id"] for job in seen.jobs.values()}
+
+    def running() -> bool:
+        # Only who is asked for by name tells of its tasks.
+        for name in workers_in_flower(url):
+            page = f"/api/workers?refresh=1&workername={name}"
+            answer = httpx.get(url + page, timeout=30, trust_env=False)
+            if answer.status_code != 200:
+                continue
+            seen.flower[f"{page} while jobs run"] = answer.text
+            active = json.dumps(answer.json().get(name, {}).get("active", []))
+            if any(job_id in active for job_id in ids):
+                return True
+        return False
+
+    wait_for(running, "Flower shows a running job")
+
+
+def read_flower(seen: Seen, url: str) -> None:
+    pages = ["/api/workers?refresh=1", "/api/tasks?limit=1000", "/api/task/types", "/metrics", "/workers", "/tasks"]
+    wait_for(lambda: len(workers_in_flower(url)) == len(FAMILIES), "Flower knows all workers")
+    tasks = httpx.get(f"{url}/api/tasks?limit=1000", timeout=30, trust_env=False).json()
+    pages += [f"/worker/{name}" for name in workers_in_flower(url)] + [f"/api/task/info/{task}" for task in tasks]
+    for page in pages:
+        answer = get(url + page)
+        assert answer is not None
+        assert answer.status_code == 200, page
+        seen.flower[page] = answer.text
+
+
+def programs_of(kind: str, home: Path) -> dict[str, str]:
+    if kind == "real":
+        return {name: real_program(name) for name in ("claude", "gemini")}
+    return {
+        "claude": script(home, FAKE_CLAUDE, "scripted-claude"),
+        "gemini": script(home, FAKE_GEMINI, "scripted-gemini"),
+    }
+
+
+@pytest.fixture(scope="module", params=["scripted", "real"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """All of it. The jobs' own process, this one, has no secret in its environment or arguments."""
+    home = tmp_path_factory.mktemp("secrets")
+    programs = programs_of(request.param, home)
+    planted = Planted.new()
+    key_file = home / "key"
+    key_file.write_text(planted.keys["PLANTED_FILE"])
+    collected = Seen(planted)
+    with ExitStack() as stack:
+        simulator = stack.enter_context(running_simulator())
+        config = home / "promptmill.toml"
+        config.write_text(configuration(planted, simulator.url, programs, key_file))
+        run(collected, stack, home, config, programs)
+        collected.headers = [json.dumps(record.headers) for record in requests_of(simulator)]
+    return collected
+
+
+def requests_of(simulator: SimulatorHandle) -> list[Any]:
+    return simulator.requests
+
+
+def run(seen: Seen, stack: ExitStack, home: Path, config: Path, programs: dict[str, str]) -> None:
+    up = Up(home, ("--workers", "0", "--config", str(config)), variables=seen.planted.variables)
+    stack.callback(up.close)
+    up.wait_ready()
+    url = up.about["redis_url"]
+    client = stack.enter_context(redis.Redis.from_url(url))
+    seen.store_password = client.connection_pool.connection_kwargs["password"]
+    models = re.findall(r"^\[models\.(.+)\]$", config.read_text(), re.MULTILINE)
+    flower = stack.enter_context(running_flower(url, home, home / "flower.log"))
+    with watching_commands(seen, url), watching_processes(seen, programs):
+        submit_all(seen, up, models)
+        for key in client.scan_iter():
+            if client.type(key) == b"list":
+                seen.messages += [message.decode() for message in client.lrange(key, 0, -1)]
+        with ExitStack() as workers:
+            variables = {**environment(home, **seen.planted.variables), "PROMPTMILL_REDIS_URL": url}
+            running = [
+                workers.enter_context(worker_process(config, f"{family}-worker", family, variables))
+                for family in FAMILIES
+            ]
+            wait_running_in_flower(seen, flower)
+            wait_ended(seen, up)
+            read_flower(seen, flower)
+            seen.stored = dump(client)
+        for worker in running:
+            seen.logs[worker.name] = worker.log.read_text()
+    assert up.stop() == 0
+    seen.logs["up, gateway and store"] = up.err
+    seen.logs["flower"] = (home / "flower.log").read_text()
+
+
+def test_the_jobs_did_run_with_the_planted_keys(seen: Seen) -> None:
+    states = {model: job["state"] for model, job in seen.jobs.items()}
+    assert states == {model: "failed" if model.endswith("refused") else "succeeded" for model in states}, seen.jobs
+    codes = {job["error"]["code"] for model, job in seen.jobs.items() if model.endswith("refused")}
+    assert codes == {"auth"}
+    arrived = " ".join(seen.headers)
+    sent = {"ANTHROPIC", "LOCAL", "HEADER", "GEMINI", "APART", "FILE"}
+    if "scripted-claude" not in " ".join(seen.processes):
+        sent |= {"CLAUDE", "GEMINICLI"}
+    assert {f"PLANTED_{name}" for name in sent} <= set(seen.planted.found(arrived, prompts=False))
+
+
+def test_the_process_list_shows_no_prompt_and_no_key(seen: Seen) -> None:
+    lines = "\n".join(seen.processes)
+    # What was to be looked at was there to be looked at.
+    for program in ("claude", "gemini", "promptmill_workers.child", "promptmill_gateway", "--family"):
+        assert program in lines, program
+    leaks = {line[:60]: found for line in seen.processes if (found := seen.planted.found(line))}
+    assert leaks == {}
+    assert seen.store_password not in lines
+
+
+def test_the_environment_of_what_runs_a_backend_shows_no_prompt_and_no_key(seen: Seen) -> None:
+    assert any("promptmill_workers.child" in line for line in seen.environments)
+    assert any("claude" in line for line in seen.environments)
+    assert any("gemini" in line for line in seen.environments)
+    leaks = {line[:200]: found for line, text in seen.environments.items() if (found := seen.planted.found(text))}
+    assert leaks == {}
+
+
+def test_no_log_shows_a_prompt_or_a_key(seen: Seen) -> None:
+    assert "DEBUG" in seen.logs["api-worker"]
+    assert len(seen.logs) == len(FAMILIES) + 2
+    assert all(seen.logs.values())
+    leaks = {name: found for name, text in seen.logs.items() if (found := seen.planted.found(text))}
+    assert leaks == {}
+    assert [name for name, text in seen.logs.items() if seen.store_password in text] == []
+
+
+def test_messages_in_the_broker_hold_the_jobs_id_and_nothing_else(seen: Seen) -> None:
+    assert len(seen.messages) == len(seen.jobs)
+    waiting = {job["id"] for job in seen.jobs.values()}
+    for message in seen.messages:
+        outer = json.loads(message)
+        args, kwargs, _ = json.loads(base64.b64decode(outer["body"]))
+        assert (len(args), kwargs) == (1, {})
+        waiting.remove(args[0])
+        assert seen.planted.found(message + json.dumps(args)) == []
+
+
+def test_flower_shows_no_prompt_and_no_key(seen: Seen) -> None:
+    workers = json.loads(seen.flower["/api/workers?refresh=1"])
+    assert len(workers) == len(FAMILIES)
+    assert all("stats" in worker for worker in workers.values())
+    assert any("active_queues" in text and "conf" in text for text in seen.flower.values())
+    leaks = {page: found for page, text in seen.flower.items() if (found := seen.planted.found(text))}
+    assert leaks == {}
+    assert [page for page, text in seen.flower.items() if seen.store_password in text] == []
+
+
+def test_the_store_holds_no_key_and_prompts_only_in_their_jobs_own_record(seen: Seen) -> None:
+    own = {f"pm:{{{job['id']}}}:{part}" for job in seen.jobs.values() for part in ("job", "events")}
+    assert own & set(seen.stored)
+    with_prompt = {key for key, value in seen.stored.items() if seen.planted.prompt in value}
+    assert with_prompt
+    assert with_prompt <= own
+    leaks = {
+        key: found
+        for key, value in seen.stored.items()
+        if (found := seen.planted.found(key + value, prompts=key not in own))
+    }
+    assert leaks == {}
+
+
+def test_the_store_was_never_told_a_key_nor_a_prompt_but_for_its_jobs_own_record(seen: Seen) -> None:
+    assert len(seen.commands) > 100
+    assert [found for line in seen.commands if (found := seen.planted.found(line, prompts=False))] == []
+    told = [line for line in seen.commands if seen.planted.prompt in line or seen.planted.system in line]
+    assert told
+    for line in told:
+        owner = [job["id"] for job in seen.jobs.values() if f'"pm:{{{job["id"]}}}:job"' in line]
+        assert len(owner) == 1, line[:300]
+
+
+def test_nothing_of_the_run_is_left_in_the_temporary_directory(seen: Seen) -> None:
+    """Programs get their keys and system prompts in files of the job, which end with it."""
+    marks = [word.encode() for word in (*seen.planted.keys.values(), seen.planted.prompt, seen.planted.system)]
+    roots = [Path("/tmp"), Path("/dev/shm")]
+    left: list[str] = []
+    for root in roots:
+        for path in root.glob("promptmill-*/**/*"):
+            if path.is_file() and path.stat().st_size < 1 << 20:
+                with contextlib.suppress(OSError):
+                    data = path.read_bytes()
+                    left += [str(path)] if any(mark in data for mark in marks) else []
+    assert left == []

@@ -1,0 +1,115 @@
+"""The real programs, scripted ones in their place, and a provider that knows what the programs add to a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from promptmill_workers.backends.base import Backend, Call, Item, TextDelta
+from promptmill_workers.deadlines import Deadlines
+from tests.support.simulator import Plan, RequestRecord, Simulator
+
+_ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = _ROOT / ".programs" / "node_modules" / ".bin"
+WARDEN = "pm-warden"
+INSTALL = "npm ci --prefix .programs, after copying ops/programs/package*.json and .npmrc there"
+
+# Claude Code puts the day into a block before the prompt, Gemini CLI the day and its directories.
+_ADDED = re.compile(
+    r"\A(?:<system-reminder>.*?</system-reminder>\n\n|<session_context>.*?</session_context>)", re.DOTALL
+)
+
+
+def real_program(name: str) -> str:
+    """The path of ``claude`` or ``gemini``, on PATH or in ``.programs``; without it a skipped test, in CI a failure."""
+    found = shutil.which(name) or shutil.which(name, path=str(INSTALLED))
+    if found is None:
+        reason = f"the program {name} is not installed ({INSTALL})"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def script(directory: Path, body: str, name: str = "program") -> str:
+    """A Python script that stands for a program; answers its path."""
+    path = directory / name
+    path.write_text(f"#!{sys.executable} -IS\n{textwrap.dedent(body)}")
+    path.chmod(0o755)
+    return str(path)
+
+
+def printing(*lines: str, end: str = "") -> str:
+    """A body for :func:`script`: print ``lines``, then do ``end``."""
+    return (
+        f"import os, signal, sys, time\nsys.stdout.write({chr(10).join(lines) + chr(10)!r})\nsys.stdout.flush()\n{end}"
+    )
+
+
+class ProgramSimulator(Simulator):
+    """A provider whose ``echo`` answers with the prompt alone, without what the program put before it."""
+
+    def _accept(self, request: Any, dialect: Any, record: RequestRecord) -> Plan:
+        plan = super()._accept(request, dialect, record)
+        dialect.ask.user_text = _ADDED.sub("", dialect.ask.user_text)
+        return plan
+
+
+def descendants() -> list[psutil.Process]:
+    """What runs below this process but for the warden, which stays; zombies left out."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.name() != WARDEN:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+async def wait_for_none(before: set[int], timeout_s: float = 5) -> None:
+    """Until nothing runs below this process but what ran ``before``; fails with what still does."""
+    deadline = time.monotonic() + timeout_s
+    while left := [process for process in descendants() if process.pid not in before]:
+        assert time.monotonic() < deadline, f"still there after {timeout_s} s: {left}"
+        await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def leaving_none(timeout_s: float = 5) -> AsyncIterator[None]:
+    """What is started within is gone soon after."""
+    before = {process.pid for process in descendants()}
+    yield
+    await wait_for_none(before, timeout_s)
+
+
+async def bounded(backend: Backend, asked: Call, into: list[Item]) -> None:
+    """One attempt with its bounds, as the runner makes it; what came is in ``into``, also where this raises."""
+    async with Deadlines(asked.timeouts) as deadlines, aclosing(backend.complete(asked)) as items:
+        async for item in items:
+            if isinstance(item, TextDelta):
+                deadlines.touch()
+            into.append(item)
+
+
+def seen_from_outside() -> str:
+    """The command lines and environments of all that runs below this process, as ``ps`` shows them."""
+    shown: list[str] = []
+    for process in descendants():
+        try:
+            shown += [*process.cmdline(), *(f"{k}={v}" for k, v in process.environ().items())]
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return "\n".join(shown)
