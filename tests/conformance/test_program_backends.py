@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import ClassVar
 
 import pytest
 
 from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
-from promptmill_workers.backends.base import Backend
+from promptmill_workers.backends.base import Backend, Call, Item
 from promptmill_workers.testing import BackendConformance, Scenario
 from tests.support.programs import ProgramSimulator, descendants, real_program, wait_for_none
 from tests.support.simulator import Plan, stream
+
+pytestmark = pytest.mark.xdist_group("programs")
+
+
+class Provided:
+    """A provider that goes wrong at the first ``times`` attempts (None: at all), a few calls at a time.
+
+    The simulator could only count requests, and programs do not send theirs in the order in which they were started.
+    Each program takes up to 400 MB: thirty at once are more than a small machine has.
+    """
+
+    def __init__(self, wrong: Backend, right: Backend, times: int | None) -> None:
+        self._wrong, self._right, self._times = wrong, right, times
+        self._few = asyncio.Semaphore(6)
+
+    async def complete(self, call: Call) -> AsyncGenerator[Item, None]:
+        wrong = self._times is None or call.attempt <= self._times
+        async with self._few, aclosing((self._wrong if wrong else self._right).complete(call)) as items:
+            async for item in items:
+                yield item
+
+    async def aclose(self) -> None:
+        await self._wrong.aclose()
+        await self._right.aclose()
 
 
 class OfProgram(BackendConformance):
@@ -36,37 +61,35 @@ class OfProgram(BackendConformance):
             chunks=scenario.pieces,
             echo=scenario.pieces is None,
             chars=4000 if scenario.pieces is None else None,
-            fault=scenario.fault,
-            after=scenario.after if scenario.fault in {"cut", "stall"} else None,
-            times=scenario.times,
             # What arrives in one packet with the connection's end is not passed on by the claude program.
             rate=20 if scenario.fault == "cut" else 0,
         )
-        config = ModelConfig(
-            type=self.kind,
-            model_name="sim",
-            api_url=self.sim.url,
-            api_key_env="SIMULATOR_KEY",
-            options={"program": real_program(self.name)},
-        )
-        backend = load_backend("model", config)
+        fault = f"sim:fault={scenario.fault}" if scenario.fault else "sim"
+        if scenario.fault in {"cut", "stall"}:
+            fault += f",after={scenario.after}"
+        backends = Provided(self._made(fault), self._made("sim"), scenario.times)
         try:
-            yield backend
+            yield backends
         finally:
-            await backend.aclose()
+            await backends.aclose()
+
+    def _made(self, model: str) -> Backend:
+        options = {"program": real_program(self.name)}
+        config = ModelConfig(
+            type=self.kind, model_name=model, api_url=self.sim.url, api_key_env="SIMULATOR_KEY", options=options
+        )
+        return load_backend("model", config)
 
     async def wait_disconnected(self) -> None:
         await wait_for_none(self.before, timeout_s=2)
         await self.sim.wait_idle(timeout_s=2, connections=True)
 
 
-@pytest.mark.xdist_group("claude")
 class TestClaudeCli(OfProgram):
     kind = "claude_cli"
     name = "claude"
 
 
-@pytest.mark.xdist_group("gemini")
 class TestGeminiCli(OfProgram):
     kind = "gemini_cli"
     name = "gemini"

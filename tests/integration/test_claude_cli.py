@@ -15,10 +15,11 @@ import pytest
 
 from promptmill.contract import Timeouts
 from promptmill.errors import BackendError, ConfigError
-from promptmill.settings import ModelConfig
+from promptmill.settings import ModelConfig, load_settings
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item, StartedAnew, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
+from tests.support.docs import blocks
 from tests.support.programs import (
     ProgramSimulator,
     bounded,
@@ -30,7 +31,7 @@ from tests.support.programs import (
 )
 from tests.support.simulator import refusing_url
 
-pytestmark = pytest.mark.xdist_group("claude")
+pytestmark = pytest.mark.xdist_group("programs")
 
 KEY: Final = "planted-key-0123456789"
 PNG: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -137,6 +138,18 @@ async def test_a_prompt_of_a_megabyte_in_any_script_arrives_as_it_is_and_brings_
     assert text_of(items) == "\n" + prompt
     assert [m["role"] for m in sim.requests[-1].body["messages"]] == ["user"]
     assert len(user_blocks(sim)) == 1, "the program added something to the prompt"
+
+
+async def test_a_slow_reader_gets_the_whole_answer(sim: ProgramSimulator) -> None:
+    plan = sim.plan(text="Ωmega 日本語 " * 100_000, chars=20_000)
+    seen: list[Item] = []
+    async with leaving_none(), aclosing(real(sim).complete(call())) as items:
+        seen.append(await anext(items))
+        # The program has all of it now, far more than its pipe takes, and would exit if it were let.
+        await sim.wait_idle(timeout_s=20)
+        async for item in items:
+            seen.append(item)  # noqa: PERF401 - begun above
+    assert text_of(seen) == plan.expected_text()
 
 
 async def test_neither_prompt_nor_secret_can_be_seen_while_the_program_runs(sim: ProgramSimulator) -> None:
@@ -263,6 +276,18 @@ def test_a_configuration_that_cannot_work_says_why(fields: dict[str, Any], said:
     fields = {**fields, "options": {"program": "/bin/true", **fields.get("options", {})}}
     with pytest.raises(ConfigError, match=said):
         load_backend("m", ModelConfig(type="claude_cli", **fields))
+
+
+def test_the_examples_of_the_page_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path, "", name="claude")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    examples = [block for block in blocks("docs/backends/claude_cli.md") if block.language == "toml"]
+    assert examples
+    for block in examples:
+        path = tmp_path / "promptmill.toml"
+        path.write_text(block.text)
+        for name, config in load_settings(path).models.items():
+            load_backend(name, config)
 
 
 async def test_a_json_object_without_a_schema_is_refused_with_advice() -> None:

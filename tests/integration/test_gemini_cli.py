@@ -12,12 +12,13 @@ from typing import Any, Final
 
 import pytest
 
-from promptmill.contract import Timeouts, Usage
+from promptmill.contract import Limits, Timeouts, Usage, parse_request
 from promptmill.errors import BackendError, ConfigError
-from promptmill.settings import ModelConfig
+from promptmill.settings import ModelConfig, load_settings
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
+from tests.support.docs import blocks
 from tests.support.programs import (
     ProgramSimulator,
     bounded,
@@ -29,7 +30,7 @@ from tests.support.programs import (
 )
 from tests.support.simulator import refusing_url
 
-pytestmark = pytest.mark.xdist_group("gemini")
+pytestmark = pytest.mark.xdist_group("programs")
 
 KEY: Final = "planted-key-0123456789"
 # Fault: code, and how many deltas of six come before it.
@@ -213,11 +214,31 @@ def test_a_configuration_that_cannot_work_says_why(fields: dict[str, Any], said:
         load_backend("m", ModelConfig(type="gemini_cli", model_name="sim", **fields))
 
 
+def test_the_examples_of_the_page_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path, "", name="gemini")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    examples = [block for block in blocks("docs/backends/gemini_cli.md") if block.language == "toml"]
+    assert examples
+    for block in examples:
+        path = tmp_path / "promptmill.toml"
+        path.write_text(block.text)
+        for name, config in load_settings(path).models.items():
+            load_backend(name, config)
+
+
 async def test_a_picture_is_refused_with_advice(tmp_path: Path) -> None:
     picture = {"type": "image", "media_type": "image/png", "data": "aGVsbG8="}
     asked = call(messages=[{"role": "user", "content": [picture]}], prompt=None)
     _, error = await failure(scripted(tmp_path, ""), asked)
     assert (error.code, error.field, "gemini_api" in error.message) == ("bad_request", "messages", True)
+
+
+async def test_a_prompt_that_the_program_would_cut_is_refused(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "x" * (8 * 1024 * 1024 - 10)}] * 2
+    limits = Limits(text_bytes=100_000_000)
+    asked = replace(call(), request=parse_request({"messages": turns}, limits))
+    _, error = await failure(scripted(tmp_path, ""), asked)
+    assert (error.code, error.limit) == ("context_too_long", 8 * 1024 * 1024)
 
 
 async def test_a_key_for_another_address_is_not_guessed() -> None:

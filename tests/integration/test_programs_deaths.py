@@ -60,6 +60,15 @@ class Worker:
 Start = Callable[..., Worker]
 
 
+def pids_below(pid: int) -> dict[str, int]:
+    """Name -> pid of the descendants of ``pid``."""
+    found: dict[str, int] = {}
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # the first of two forks, on its way out
+            found[process.name()] = process.pid
+    return found
+
+
 @pytest.fixture(params=LEVELS)
 def level(request: pytest.FixtureRequest) -> str:
     if PERMITTED[request.param] != "ok":
@@ -82,8 +91,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         worker = Worker(process, tmp_path, {"worker": process.pid}, tag)
         workers.append(worker)
         assert process.stdout.readline() == b"running\n"
-        names = {found.name(): found.pid for found in psutil.Process(process.pid).children(recursive=True)}
-        worker.pids |= {role: pid for role, pid in names.items() if role in ROLES}
+        worker.pids |= {role: pid for role, pid in pids_below(process.pid).items() if role in ROLES}
         assert ("pm-init" in worker.pids) == (level == "pidns")
         return worker
 
@@ -199,8 +207,7 @@ async def test_sigterm_to_a_guard_ends_its_program_with_its_grace(level: str) ->
     ):
         lines = program.lines()
         assert await anext(lines) == b"ready"
-        guards = [found for found in psutil.Process().children(recursive=True) if found.name() == "pm-guard"]
-        guards[0].terminate()
+        os.kill(pids_below(os.getpid())["pm-guard"], signal.SIGTERM)
         assert [line async for line in lines] == []
         assert program.status == -signal.SIGTERM
 
@@ -243,11 +250,13 @@ async def test_a_process_with_a_thousand_threads_starts_programs_without_stoppin
         watching = asyncio.create_task(watch())
         await kill_warden()  # so that one is started here
         for _ in range(3):
-            async with open_sandbox("hostile") as box:
-                async with box.run(command(tag, "polite"), environment={}, limits=LIMITS) as program:
-                    assert await anext(program.lines()) == b"ready"
-                    # No thread a program, and of the pool a few for the directories.
-                    assert threading.active_count() < 1000 + 20
+            async with (
+                open_sandbox("hostile") as box,
+                box.run(command(tag, "polite"), environment={}, limits=LIMITS) as program,
+            ):
+                assert await anext(program.lines()) == b"ready"
+                # No thread a program, and of the pool a few for the directories.
+                assert threading.active_count() < 1000 + 20
         watching.cancel()
     finally:
         release.set()

@@ -24,7 +24,7 @@ from tests.support.simulator import Plan, RequestRecord, Simulator
 _ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = _ROOT / ".programs" / "node_modules" / ".bin"
 WARDEN = "pm-warden"
-INSTALL = "npm ci --prefix .programs, after copying ops/programs/package*.json and .npmrc there"
+INSTALL = "ops/programs/install"
 
 # Claude Code puts the day into a block before the prompt, Gemini CLI the day and its directories.
 _ADDED = re.compile(
@@ -36,7 +36,7 @@ def real_program(name: str) -> str:
     """The path of ``claude`` or ``gemini``, on PATH or in ``.programs``; without it a skipped test, in CI a failure."""
     found = shutil.which(name) or shutil.which(name, path=str(INSTALLED))
     if found is None:
-        reason = f"the program {name} is not installed ({INSTALL})"
+        reason = f"the program {name} is not installed: run {INSTALL}"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -43,6 +43,8 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
         Redis is not there or not usable at the start.
     """
     watch_lifeline()
+    # At debug the SDK writes whole requests, prompts and all, and no level of ours may show a prompt.
+    logging.getLogger("anthropic").setLevel(logging.INFO)
     if settings.log_level != "debug":
         # Two lines a job would cost more than carrying its tokens.
         for noisy in ("celery.worker.strategy", "celery.app.trace"):

@@ -37,6 +37,10 @@ from promptmill_workers.programs import Sandbox, find_program, open_sandbox
 
 DEFAULT_URL: Final = "https://generativelanguage.googleapis.com"
 DEFAULT_KEY_ENV: Final = "GEMINI_API_KEY"
+NO_SYSTEM: Final = "You are a helpful assistant."
+"""In place of the program's own system prompt, for coding, where the request has none."""
+STDIN_BYTES: Final = 8 * 1024 * 1024
+"""The program cuts a longer prompt there, with a note in its log."""
 _BLOCKING: Final = """for (const stream of [process.stdout, process.stderr]) {
   const handle = stream._handle;
   if (handle && typeof handle.setBlocking === "function") handle.setBlocking(true);
@@ -89,7 +93,7 @@ class GeminiCli:
             running = box.run(
                 [self._program, "-m", self._model, "-e", "", "-o", options.output_format],
                 environment=self._prepare(box, request, secret),
-                stdin=prompt.encode(),
+                stdin=prompt,
                 limits=options.limits(call),
             )
             async with running as program, aclosing(decoded(program, decoder)) as items:
@@ -112,12 +116,20 @@ class GeminiCli:
             raise BackendError(f"the key for the model {self._name} has characters that no key has", code="auth")
         return secret
 
-    def _prompt(self, request: JobRequest) -> str:
+    def _prompt(self, request: JobRequest) -> bytes:
         pieces = transcript(request, user_name=self._options.user_name, agent_name=self._options.agent_name)
         texts = [piece for piece in pieces if isinstance(piece, str)]
         if len(texts) < len(pieces) or any(isinstance(p, ImagePart) for m in request.messages for p in m.parts):
             raise refuse("messages", "the gemini program takes no pictures; use a gemini_api model")
-        return not_a_command("".join(texts))
+        prompt = not_a_command("".join(texts)).encode()
+        if len(prompt) > STDIN_BYTES:
+            raise BackendError(
+                f"the prompt is {len(prompt)} bytes, the gemini program takes {STDIN_BYTES}; use a gemini_api model",
+                code="context_too_long",
+                field="messages",
+                limit=STDIN_BYTES,
+            )
+        return prompt
 
     def _prepare(self, box: Sandbox, request: JobRequest, secret: str) -> dict[str, str]:
         """Write the job's files; answers the environment."""
@@ -126,7 +138,7 @@ class GeminiCli:
         above = box.root / ".gemini"
         above.mkdir(mode=0o700)
         dotenv.rename(above / ".env")
-        system = box.write("system.md", request.system or " ")
+        system = box.write("system.md", request.system or NO_SYSTEM)
         blocking = box.write("blocking.cjs", _BLOCKING)
         return {
             "GEMINI_CLI_NO_RELAUNCH": "true",

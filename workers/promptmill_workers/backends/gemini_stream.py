@@ -91,6 +91,8 @@ class GeminiDecoder(LineDecoder):
     def _usage(self, value: Any, items: list[Item]) -> int:
         stats = cast("dict[str, Any]", value) if isinstance(value, dict) else NOTHING
         asked, cached, output = (count(stats.get(name)) for name in ("input_tokens", "cached", "output_tokens"))
+        # What the model thought is only in the total.
+        output = max(output, count(stats.get("total_tokens")) - asked)
         if asked or output:
             usage = Usage(input_tokens=max(asked - cached, 0), cache_read_tokens=cached, output_tokens=output)
             items.append(UsageUpdate(usage))

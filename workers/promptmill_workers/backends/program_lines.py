@@ -119,7 +119,7 @@ class LineDecoder(AnswerDecoder):
 
     def _judge(self, status: int | None, stderr: str) -> None:
         """The program ended without its last word: say so."""
-        tail = safe_message((stderr.strip() or self._note)[-_TAIL_CHARS:], self._secret)
+        tail = safe_message(self._tail(stderr.strip() or self._note), self._secret)
         because = f": {tail}" if tail else ""
         if status is not None and status < 0:
             self.fail("crashed", f"{self._name} was ended by {_signal(-status)}{because}")
@@ -129,6 +129,12 @@ class LineDecoder(AnswerDecoder):
             self.fail("crashed", f"{self._name} ended with status {status}{because}")
         else:
             self.fail("malformed", f"{self._name} wrote nothing that is an answer{because}")
+
+    def _tail(self, text: str) -> str:
+        """The last characters, begun at a word, without the secret: half of it would not be recognised afterwards."""
+        if self._secret:
+            text = text.replace(self._secret, "***")
+        return text if len(text) <= _TAIL_CHARS else text[-_TAIL_CHARS:].partition(" ")[2]
 
 
 async def decoded(program: Program, decoder: LineDecoder) -> AsyncGenerator[Item, None]:

@@ -156,7 +156,7 @@ async def _run_nothing(level: str, root: str, directory: str, lock_fd: int) -> s
         await running.start()
         await running.exited.wait()
     except BackendError as err:
-        return err.message.partition(": ")[2]
+        return err.message.partition(": ")[2].removeprefix(f"{level}: ")
     finally:
         await running.close()
     return "ok" if running.status == 0 else f"a program ended with {running.status} at once"

@@ -80,7 +80,7 @@ class _Guard:
 
     def run(self, fds: list[int]) -> int:
         """From the start to the end of all; answers the exit code."""
-        wake = launch.wake_on(frozenset({signal.SIGTERM, signal.SIGCHLD}))
+        wake, _ = launch.wake_on(frozenset({signal.SIGTERM, signal.SIGCHLD}))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:

@@ -39,10 +39,9 @@ def run_init(spec: Spec, control: int, link: int, fds: list[int], report: int) -
     os.setsid()
     kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount_private_proc()
-    wake = launch.wake_on(frozenset({signal.SIGCHLD}))
+    wake, wake_end = launch.wake_on(frozenset({signal.SIGCHLD}))
     leader = launch.fork(lambda: launch.become(spec, fds, report))
-    for fd in (*fds, report):
-        os.close(fd)
+    launch.close_all_but(frozenset({control, link, wake, wake_end}))
     _Init(leader, spec.grace_s, link).watch(control, wake)
 
 

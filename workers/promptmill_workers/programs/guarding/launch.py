@@ -38,8 +38,8 @@ def default_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def wake_on(numbers: frozenset[int]) -> int:
-    """Handle the signals ``numbers`` by writing them into a pipe; answers the end to read from. None ever blocks."""
+def wake_on(numbers: frozenset[int]) -> tuple[int, int]:
+    """Handle the signals ``numbers`` by writing them into a pipe; answers its ends, the one to read from first."""
     wake, wake_end = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_end, False)
@@ -48,7 +48,7 @@ def wake_on(numbers: frozenset[int]) -> int:
         signal.signal(number, _note_only)
     # A report that nobody reads any more must not end who has others to end.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    return wake
+    return wake, wake_end
 
 
 def _note_only(*_: object) -> None:

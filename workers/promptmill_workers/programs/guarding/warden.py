@@ -51,6 +51,7 @@ class _Warden:
     def __init__(self, link: socket.socket, root: str) -> None:
         self.link = link
         self.root = root
+        self.worker = os.getppid()
         self.guards: dict[int, str] = {}
         self.end_s: dict[str, float] = {}
         self.sweeper = 0
@@ -60,7 +61,7 @@ class _Warden:
         self.died_at = 0.0
 
     def run(self) -> None:
-        wake = launch.wake_on(frozenset({signal.SIGCHLD}))
+        wake, _ = launch.wake_on(frozenset({signal.SIGCHLD}))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # it ends with the worker, and after its guards
         self.sweeper = launch.fork(lambda: sweep(self.root))
@@ -81,7 +82,14 @@ class _Warden:
                 self._clear()
             if not self.worker_lives:
                 self._hurry()
+        self._await_worker()
         sweep(self.root)
+
+    def _await_worker(self) -> None:
+        """A process that is dying closes its descriptors one by one: this socket, and then the locks on directories."""
+        deadline = time.monotonic() + KILL_WAIT_S
+        while os.getppid() == self.worker and time.monotonic() < deadline:
+            select.select([], [], [], 0.005)
 
     def _timeout_ms(self) -> int | None:
         if self.clearing:
