@@ -132,6 +132,12 @@ class FamilyConfig(_Part):
     concurrency: Annotated[int, Field(gt=0, le=10_000)] | None = None
 
 
+class UserConfig(_Part):
+    """What is different for one user: slots of roles, asked in the place of the roles' own."""
+
+    roles: dict[str, dict[str, str]] = Field(default_factory=dict)
+
+
 class ApiKey(_Part):
     """Where the key of one user of the gateway stands: a variable or a file."""
 
@@ -174,6 +180,7 @@ class Settings(BaseSettings):
     """Celery's broker; None is redis_url. Never a Redis Cluster."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
     roles: dict[ModelName, dict[str, str]] = Field(default_factory=dict)
+    users: dict[str, UserConfig] = Field(default_factory=dict)
     default_model: str | None = None
 
     host: str = "127.0.0.1"
@@ -238,16 +245,22 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _refers_to_known_models(self) -> Self:
         for role, slots in self.roles.items():
-            for slot, model in slots.items():
-                if not _SLOT.match(slot):
-                    raise ValueError(f"roles.{role}.{slot}: a slot is named primary, backup_1, backup_2 …")
-                if model not in self.registry:
-                    raise ValueError(f"roles.{role}.{slot}: there is no model {model!r} under [models]")
+            self._check_slots(f"roles.{role}", slots)
             if "primary" not in slots:
                 raise ValueError(f"roles.{role}: primary is missing")
+        for user, config in self.users.items():
+            for role, slots in config.roles.items():
+                self._check_slots(f"users.{user}.roles.{role}", slots)
         if self.default_model is not None and self.default_model not in self.registry:
             raise ValueError(f"default_model: there is no model {self.default_model!r} under [models]")
         return self
+
+    def _check_slots(self, key: str, slots: dict[str, str]) -> None:
+        for slot, model in slots.items():
+            if not _SLOT.match(slot):
+                raise ValueError(f"{key}.{slot}: a slot is named primary, backup_1, backup_2 …")
+            if model not in self.registry:
+                raise ValueError(f"{key}.{slot}: there is no model {model!r} under [models]")
 
     @property
     def registry(self) -> dict[str, ModelConfig]:

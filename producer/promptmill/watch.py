@@ -103,10 +103,13 @@ class Watcher:
         claims: dict[str, str] | None = None,
         queue: str = "",
         reason: str = "its worker is shutting down",
+        phase: str = "requeued",
+        tries: list[dict[str, Any]] | None = None,
+        chain: list[str] | None = None,
     ) -> list[str]:
         """Requeue jobs of a dead worker, or those that their holder hands back (``claims``: job id to token).
 
-        A holder may hand them to another ``queue``.
+        A holder may hand them to another ``queue``; see :meth:`promptmill.store.Store.requeue`.
 
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
@@ -125,6 +128,9 @@ class Watcher:
                 max_crashes=MAX_CRASHES,
                 queue=queue,
                 reason=reason,
+                phase=phase,
+                tries=tries,
+                chain=chain,
             )
             # Again: a sweep that looked in between saw a running job.
             self._store.wire.tell(wait if outcome == "queued" else [])

@@ -8,7 +8,8 @@ import pytest
 
 from promptmill.contract import Timeouts, parse_request
 from promptmill.errors import BadRequest, ConfigError
-from promptmill.routing import resolve
+from promptmill.registry import Registry
+from promptmill.routing import decide
 from promptmill.settings import Settings, load_settings
 
 EXAMPLE = """
@@ -171,7 +172,7 @@ API = Settings.model_validate({"models": {"h": {"type": "gemini_api", "model_nam
     ],
 )
 def test_the_route_is_as_the_table_says(settings: Settings, asked: dict[str, str], answers: str) -> None:
-    assert resolve(settings, parse_request({"prompt": "x", **asked})).name == answers
+    assert decide(Registry.of(settings), parse_request({"prompt": "x", **asked})).first.name == answers
 
 
 @pytest.mark.parametrize(
@@ -179,12 +180,11 @@ def test_the_route_is_as_the_table_says(settings: Settings, asked: dict[str, str
     [
         ({"model": "c"}, "unknown_model", "a, b"),
         ({"role": "draw"}, "unknown_role", "chat"),
-        ({"role": "chat", "slot": "backup_2"}, "unknown_role", "primary, backup_1"),
     ],
 )
 def test_an_unknown_name_lists_what_there_is(asked: dict[str, str], code: str, lists: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        resolve(SETTINGS, parse_request({"prompt": "x", **asked}))
+        decide(Registry.of(SETTINGS), parse_request({"prompt": "x", **asked}))
     assert caught.value.code == code
     assert lists in caught.value.message
 

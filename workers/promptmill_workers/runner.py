@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 import orjson
@@ -18,14 +18,14 @@ import orjson
 from promptmill import keys
 from promptmill.contract import Done, Error, ErrorInfo, JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
-from promptmill.queues import queue_for
-from promptmill.routing import Route, resolve
+from promptmill.registry import Registry
+from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.head import record_ttl_ms
 from promptmill.watch import Watcher
-from promptmill_workers.attempt import Progressing, estimated_usage, stream
-from promptmill_workers.backends.base import Call
+from promptmill_workers.attempt import Progressing
+from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
 from promptmill_workers.pauses import Pauses
@@ -36,23 +36,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 StopReason = Literal["taken", "handback"]
 
-_RETRY_HERE: Final = frozenset({"rate_limited", "overloaded", "unreachable"})
-"""Failures of the moment, tried again here as long as no token went out."""
-_RETRY_BASE_S: Final = 0.5
-_RETRY_MAX_S: Final = 30.0
-_MESSAGE_MAX_CHARS: Final = 2_000
 _STORE_BACKOFF_MAX_S: Final = 2.0
 
 
 class RunningJob:
     """A claim that this process holds, and the task that serves it."""
 
-    __slots__ = ("claim", "job_id", "log", "stop_reason", "task")
+    __slots__ = ("claim", "job_id", "log", "stop_reason", "task", "tries")
 
-    def __init__(self, job_id: str, claim: str, log: JobLog) -> None:
+    def __init__(self, job_id: str, claim: str, log: JobLog, tries: list[dict[str, Any]]) -> None:
         self.job_id = job_id
         self.claim = claim
         self.log = log
+        self.tries = tries
         self.task = asyncio.current_task()
         self.stop_reason: StopReason | None = None
 
@@ -78,6 +74,8 @@ class Runner:
         self._worker_id = worker_id
         self.backends = Backends()
         self.pauses = Pauses(self._tell_operators)
+        self.registry = Registry.of(settings)
+        """What answers; a new snapshot is put in its place when operators change it."""
         self.running: dict[str, RunningJob] = {}
         writer.on_fenced = self._on_fenced
 
@@ -109,7 +107,7 @@ class Runner:
         if claimed is None:
             return
         log = self._writer.open(job_id, claim, claimed.epoch)
-        job = self.running[job_id] = RunningJob(job_id, claim, log)
+        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed.tries)
         try:
             await self._attempts(job, claimed)
         except asyncio.CancelledError:
@@ -122,7 +120,7 @@ class Runner:
             # `running` for as long as this worker lives.
             logger.exception("job %s cannot be run here", job_id)
             error = BackendError(f"the worker failed on this job: {type(err).__name__}", code="crashed")
-            await self._fail(job, error, Progressing(), None, list(claimed.tries), claimed.record.st["attempts"])
+            await self._fail(job, error, Progressing(), None, None)
         finally:
             self._writer.close(log)
             if self.running.get(job_id) is job:
@@ -155,96 +153,72 @@ class Runner:
     # -- attempts -----------------------------------------------------------------------------------------------
 
     async def _attempts(self, job: RunningJob, claimed: Claimed) -> None:
-        tries = list(claimed.tries)
-        number = int(claimed.record.st["attempts"])
-        request = JobRequest.model_validate_json(claimed.request)
+        course = Course(
+            job_id=job.job_id,
+            log=job.log,
+            request=JobRequest.model_validate_json(claimed.request),
+            claimed=claimed,
+            family=self._family,
+            settings=self._settings,
+            backends=self.backends,
+            pauses=self.pauses,
+            writer=self._writer,
+            hand_on=partial(self._hand_on, job),
+            tries=list(claimed.tries),
+            # Repetitions within a claim count too, so claims alone would use a number twice.
+            number=max([int(claimed.record.st["attempts"]), *(t.get("attempt", 0) + 1 for t in claimed.tries)]),
+        )
         try:
-            route = resolve(self._settings, request)
+            decision = decide(self.registry, course.request)
         except BadRequest as err:
-            await self._fail(job, err, Progressing(), None, tries, number)
+            await self._fail(job, err, Progressing(), None, course)
             return
-        if await self._belongs_elsewhere(job, route, claimed):
+        self._outlive(job.job_id, course.request, decision)
+        ended = await course.run(decision)
+        if isinstance(ended, HandedOn):
             return
-        self._outlive(job.job_id, request, route)
-        while True:
-            into, started = Progressing(), datetime.now(UTC)
-            error = await self._attempt(job, request, route, number, into)
-            if into.usage is None and into.parts:
-                into.usage = estimated_usage(request, into.text)
-            tries.append(_try(number, route, started, into, error))
-            if error is None:
-                await self._succeed(job, into, route, tries, number)
-                return
-            if not self._may_retry(error, into, number):
-                await self._fail(job, error, into, route, tries, number)
-                return
-            number += 1
-            await self._retry_later(job, error, number)
+        if ended.error is None:
+            await self._succeed(job, ended, course)
+        else:
+            await self._fail(job, ended.error, ended.into, ended.route, course)
 
-    async def _attempt(
-        self, job: RunningJob, request: JobRequest, route: Route, number: int, into: Progressing
-    ) -> BackendError | None:
-        """One attempt; answers why it failed, or None."""
-        try:
-            backend = self.backends.get(route)
-            self.pauses.check(route, backend)
-            timeouts = self._settings.timeouts_for(route.config, request.timeouts)
-            try:
-                await stream(backend, Call(job.job_id, number, request, timeouts), job.log, self._writer, into)
-            except BackendError as err:
-                if err.code == "auth_expired":
-                    self.pauses.expired(route, backend, err)
-                raise
-        except BackendError as err:
-            return err
-        except Exception as err:
-            # A backend's own bug must end its job, not leave it hanging until its time to live.
-            logger.exception("backend of model %r crashed", route.name)
-            return BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
-        return None
-
-    async def _belongs_elsewhere(self, job: RunningJob, route: Route, claimed: Claimed) -> bool:
-        """Hand a job of another family to its workers; True where that was done.
-
-        Its producer did not know the model's family. Only once: two workers whose configurations differ must not pass a
-        job to and fro, so one that was handed on is run where it arrives.
-        """
-        family = route.config.worker_family
-        if family == self._family or "queue" in claimed.record.st:
-            return False
-        queue = queue_for(claimed.record.head["priority"], family)
-        reason = f"handed to the {family} workers"
-
+    async def _hand_on(
+        self,
+        job: RunningJob,
+        queue: str,
+        reason: str,
+        phase: str,
+        tries: list[dict[str, Any]] | None,
+        chain: list[str],
+    ) -> None:
         async def hand_on() -> list[str]:
-            return await self._watcher.release([job.job_id], claims={job.job_id: job.claim}, queue=queue, reason=reason)
+            await self._writer.settle(job.log)
+            return await self._watcher.release(
+                [job.job_id],
+                claims={job.job_id: job.claim},
+                queue=queue,
+                reason=reason,
+                phase=phase,
+                tries=tries,
+                chain=chain,
+            )
 
         await self._patiently(hand_on)
-        return True
 
-    def _outlive(self, job_id: str, request: JobRequest, route: Route) -> None:
-        """The producer may not have known this model's timeouts: what is stored must outlive what runs."""
-        life = record_ttl_ms(self._settings.timeouts_for(route.config, request.timeouts), self._settings.max_attempts)
+    def _outlive(self, job_id: str, request: JobRequest, decision: Decision) -> None:
+        """The producer may not have known these models' timeouts: what is stored must outlive what runs."""
+        settings = self._settings
+        life = sum(
+            record_ttl_ms(settings.timeouts_for(route.config, request.timeouts), settings.max_attempts)
+            for route in decision.routes
+        )
         stored = (keys.record(job_id), keys.log(job_id))
         self._store.wire.tell([("PEXPIRE", key, life, "GT") for key in stored])
 
-    def _may_retry(self, error: BackendError, into: Progressing, number: int) -> bool:
-        return error.code in _RETRY_HERE and not into.parts and number < self._settings.max_attempts
-
-    async def _retry_later(self, job: RunningJob, error: BackendError, number: int) -> None:
-        # Full jitter, so that jobs that failed together do not come back together.
-        wait_s = random.uniform(0, min(_RETRY_BASE_S * 2 ** (number - 1), _RETRY_MAX_S))  # noqa: S311 - no secret
-        if error.retry_after_s is not None:
-            wait_s = min(max(wait_s, error.retry_after_s), _RETRY_MAX_S)
-        message = f"{error.code}: {error.message}"[:_MESSAGE_MAX_CHARS]
-        job.log.add_event(Progress(phase="retrying", message=message, attempt=number).to_json())
-        self._writer.mark(job.log)
-        await asyncio.sleep(wait_s)
-
     # -- ends ---------------------------------------------------------------------------------------------------
 
-    async def _succeed(
-        self, job: RunningJob, into: Progressing, route: Route, tries: list[dict[str, Any]], number: int
-    ) -> None:
+    async def _succeed(self, job: RunningJob, ended: Ended, course: Course) -> None:
+        into, route = ended.into, ended.route
         done = Done(
             text=into.text,
             usage=into.usage,
@@ -252,33 +226,28 @@ class Runner:
             backend=route.config.type,
             model=route.name,
             finish_reason=into.finished.reason if into.finished else None,
-            attempt=number,
+            attempt=course.number,
         )
         end = done.model_dump(mode="json", exclude={"type"}, exclude_none=True)
-        await self._end(job, "succeeded", done.to_json(), end, tries)
+        await self._end(job, "succeeded", done.to_json(), end, course.tries)
 
     async def _fail(
-        self,
-        job: RunningJob,
-        error: PromptmillError,
-        into: Progressing,
-        route: Route | None,
-        tries: list[dict[str, Any]],
-        number: int,
+        self, job: RunningJob, error: PromptmillError, into: Progressing, route: Route | None, course: Course | None
     ) -> None:
-        info = ErrorInfo.model_validate({**error.to_dict(), "message": error.message[:_MESSAGE_MAX_CHARS]})
+        info = ErrorInfo.model_validate({**error.to_dict(), "message": error.message[:MESSAGE_MAX_CHARS]})
         event = Error(code=info.code, message=info.message, retryable=info.retryable)
         end: dict[str, Any] = {
             "error": info.model_dump(exclude_none=True),
-            "attempt": number,
             # What readers saw stays readable: tokens joined equal the stored text for failures too.
             "text": into.text or None,
             "usage": into.usage.model_dump() if into.usage else None,
             "cost_usd": into.cost_usd,
         }
+        if course is not None:
+            end["attempt"] = course.number
         if route is not None:
             end |= {"model": route.name, "backend": route.config.type}
-        await self._end(job, "failed", event.to_json(), end, tries)
+        await self._end(job, "failed", event.to_json(), end, course.tries if course else job.tries)
 
     async def _end(
         self, job: RunningJob, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]
@@ -295,20 +264,3 @@ class Runner:
 
         if not await self._patiently(finish):
             logger.info("job %s was ended or taken by somebody else", job.job_id)
-
-
-def _try(number: int, route: Route, started: datetime, into: Progressing, error: BackendError | None) -> dict[str, Any]:
-    """What :class:`~promptmill.contract.Attempt` reads; built by hand because this runs for every job."""
-    request_id = error.provider_request_id if error else into.finished and into.finished.provider_request_id
-    fields = {
-        "attempt": number,
-        "model": route.name,
-        "backend": route.config.type,
-        "outcome": error.code if error else "succeeded",
-        "message": error.message[:_MESSAGE_MAX_CHARS] if error else None,
-        "started_at": started.isoformat(),
-        "finished_at": datetime.now(UTC).isoformat(),
-        "usage": into.usage.model_dump() if into.usage else None,
-        "provider_request_id": request_id,
-    }
-    return {name: value for name, value in fields.items() if value is not None}

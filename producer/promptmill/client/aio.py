@@ -30,7 +30,8 @@ from promptmill.errors import Closed, JobCancelled, JobFailed, NotFound, WaitTim
 from promptmill.heartbeat import ready_workers
 from promptmill.queues import API_FAMILY, queue_for
 from promptmill.reading import Hub
-from promptmill.routing import resolve
+from promptmill.registry import Registry
+from promptmill.routing import decide
 from promptmill.settings import DEFAULT_TIMEOUTS, Settings, default_data_dir, load_settings
 from promptmill.store import Store, Submission
 from promptmill.up.datadir import find_running_up
@@ -97,6 +98,8 @@ class AsyncProducer:
         self, settings: Settings | None = None, *, redis_url: str | None = None, store: Store | None = None
     ) -> None:
         self.settings = settings or _found_settings()
+        self.registry = Registry.of(self.settings)
+        """What answers, as far as it is known here; see :mod:`promptmill.registry`."""
         if redis_url is not None:
             self.settings = self.settings.model_copy(update={"redis_url": redis_url})
         self._store = store
@@ -190,7 +193,7 @@ class AsyncProducer:
 
     def _check_route(self, request: JobRequest) -> None:
         if self._knows(request):
-            resolve(self.settings, request)
+            decide(self.registry, request)
 
     async def _submit(self, requests: list[JobRequest]) -> list[AsyncJob]:
         store = await self.store()
@@ -202,12 +205,13 @@ class AsyncProducer:
     def _timeouts(self, request: JobRequest) -> Timeouts:
         """What bounds the job's life in the store: its model's own timeouts too, where the model is known here."""
         if self._knows(request):
-            return self.settings.timeouts_for(resolve(self.settings, request).config, request.timeouts)
+            first = decide(self.registry, request).first
+            return self.settings.timeouts_for(first.config, request.timeouts)
         return request.timeouts.over(self.settings.timeouts.over(DEFAULT_TIMEOUTS))
 
     def _family(self, request: JobRequest) -> str:
         """Whose queue it goes to. Where the model is not known here the API workers hand it to the right ones."""
-        return resolve(self.settings, request).config.worker_family if self._knows(request) else API_FAMILY
+        return decide(self.registry, request).first.config.worker_family if self._knows(request) else API_FAMILY
 
     def _sender(self) -> Enqueuer:
         if self._enqueuer is None:

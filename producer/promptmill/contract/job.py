@@ -48,11 +48,13 @@ class Attempt(_Stored):
     attempt: int
     model: str | None = None
     backend: str | None = None
+    slot: str | None = None
     outcome: str
     message: str | None = None
     started_at: datetime | None = None
     finished_at: datetime | None = None
     usage: Usage | None = None
+    cost_usd: float | None = None
     provider_request_id: str | None = None
 
 

@@ -191,6 +191,8 @@ class JobRequest(_Strict):
     model: Name | None = None
     role: Name | None = None
     slot: Name | None = None
+    exclude: list[Name] | None = None
+    """Models, or types of backends, that must not answer."""
     max_tokens: Annotated[int, Field(gt=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     stop: list[Annotated[Text, Field(min_length=1, max_length=1000)]] | None = None
@@ -232,7 +234,7 @@ class JobRequest(_Strict):
     def _consistent(self) -> Self:
         if self.model and self.slot:
             raise ValueError("give model or slot, not both: a slot belongs to a role")
-        if self.model and self.role:
+        if self.model and self.role and self.model != "local":
             raise ValueError("give model or role, not both: a role chooses its own model")
         if self.slot and not self.role:
             raise ValueError("slot needs role")

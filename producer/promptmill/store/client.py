@@ -322,10 +322,16 @@ class Store:
         token: str = "",
         queue: str = "",
         reason: str = "its worker is shutting down",
+        phase: str = "requeued",
+        tries: list[dict[str, Any]] | None = None,
+        chain: list[str] | None = None,
+        not_before_ms: int | None = None,
     ) -> str:
         """Give a running job back to the queue: because its worker died, or because its holder hands it back.
 
-        A holder may name another ``queue``, which is then the job's from now on, and gives the ``reason``.
+        A holder may name another ``queue``, which is then the job's from now on, and gives the ``reason`` and the
+        ``phase`` that readers see. ``tries`` (all so far) says that attempts were made. ``chain`` are the models that
+        are left to be asked. ``not_before_ms`` is the store's time before which no claim succeeds.
 
         Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
         callers gets ``queued`` or ``failed``. Repeated with its token it answers as before.
@@ -340,7 +346,7 @@ class Store:
             job_id,
             mode,
             expected,
-            Progress(phase="requeued", message=reason).to_json(),
+            Progress(phase=phase, message=reason).to_json(),
             Restart(reason=reason).to_json(),
             max_crashes,
             orjson.dumps({"outcome": "crashed", "message": reason}),
@@ -349,5 +355,8 @@ class Store:
             LOG_TTL_MS,
             token or keys.new_token(),
             queue,
+            orjson.dumps(tries) if tries is not None else "",
+            orjson.dumps(chain) if chain is not None else "",
+            "" if not_before_ms is None else not_before_ms,
         )
         return reply[0].decode()

@@ -82,6 +82,15 @@ local function with_text(result)
   packed.text = table.concat(parts)
   return cjson.encode(packed)
 end
+-- How many bytes of text the attempt of an epoch has told, without the events' own; restarts within it do not count.
+local function tokens_since(epoch)
+  local bytes = 0
+  for _, entry in ipairs(redis.call('XRANGE', log, epoch .. '-2', epoch, 'COUNT', TEXT_MAX)) do
+    local payload = entry[2][2]
+    if string.sub(payload, 1, 15) == '{"type":"token"' then bytes = bytes + #payload - 25 end
+  end
+  return bytes
+end
 local function finish(st, state, now, event, result, log_ttl)
   st.state = state
   st.finished = now
@@ -190,7 +199,8 @@ return {'ok', st.epoch}
 """
 
 # ARGV: mode ('dead' | 'handback'), expected (worker | claim token), event, restart event, max crashes, try,
-#       error event, error end, log_ttl_ms, token, queue ('' leaves it)
+#       error event, error end, log_ttl_ms, token, queue ('' leaves it), tries ('' leaves them; given, this was an
+#       attempt), chain ('' leaves it), not before ms ('' at once)
 _REQUEUE = """
 local st = load()
 if not st then return {'missing'} end
@@ -201,21 +211,23 @@ end
 local mine = st.state == 'running'
 if ARGV[1] == 'dead' then mine = mine and st.worker == ARGV[2] else mine = mine and st.claim == ARGV[2] end
 if not mine then return {'not_running', st.state} end
-local void = false
-for _, entry in ipairs(redis.call('XRANGE', log, st.epoch .. '-2', st.epoch, 'COUNT', 64)) do
-  if string.sub(entry[2][2], 1, 15) == '{"type":"token"' then void = true break end
-end
 local tries = {}
 local raw = redis.call('HGET', rec, 'tries')
 if raw and raw ~= '[]' then tries = cjson.decode(raw) end
+local lost_epoch, lost_bytes = st.epoch, tokens_since(st.epoch)
+local void = lost_bytes > 0
 local now = advance(st)
 st.req = ARGV[10]
 if ARGV[1] == 'dead' then
   st.crashes = st.crashes + 1
   local try = cjson.decode(ARGV[6])
   try.attempt = st.attempts
+  try.epoch = lost_epoch
+  try.text_bytes = lost_bytes
   table.insert(tries, try)
   redis.call('HSET', rec, 'tries', cjson.encode(tries))
+elseif ARGV[12] ~= '' then
+  redis.call('HSET', rec, 'tries', ARGV[12])
 else
   st.attempts = st.attempts - 1
 end
@@ -225,6 +237,8 @@ if st.crashes >= tonumber(ARGV[5]) then
 end
 st.state = 'queued'
 if ARGV[11] ~= '' then st.queue = ARGV[11] end
+if ARGV[13] ~= '' then st.chain = cjson.decode(ARGV[13]) end
+st.not_before = tonumber(ARGV[14])
 st.queued = now
 st.deadline = now + st.wait
 st.claim = nil
