@@ -138,7 +138,7 @@ async def test_a_worker_whose_event_loop_stands_still_is_ended_and_its_job_runs_
     install_plugin(site, "blocker", BLOCKS_ONCE)
     mark = tmp_path / "mark"
     path, settings = write_config(
-        QUICK + f'loop_stall_s = 1.5\n[models.b]\ntype = "blocker"\noptions = {{ mark = "{mark}" }}\n'
+        QUICK + f'loop_stall_s = 5\n[models.b]\ntype = "blocker"\noptions = {{ mark = "{mark}" }}\n'
     )
     env = {"PYTHONPATH": str(site)}
     async with AsyncProducer(settings) as producer:
@@ -147,7 +147,7 @@ async def test_a_worker_whose_event_loop_stands_still_is_ended_and_its_job_runs_
             job = await producer.submit("hello", model="b")
             await wait_until(mark.exists, "the first worker blocks")
             with worker_process(path, "two", env=env):
-                done = await job.result(30)
+                done = await job.result(60)
             assert done.text == "after the block"
             assert [a.outcome for a in done.attempts] == ["crashed", "succeeded"]
             assert one.process.wait(10) == 1
