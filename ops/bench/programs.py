@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -204,7 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=1000, help="kills in a row (default: 1000)")
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS, help="(default: all)")
     args = parser.parse_args(argv)
-    return uvloop.run(run(args.rounds, args.together, args.kills, args.levels))
+    with tempfile.TemporaryDirectory() as directory:
+        # The user's other workers make directories too, and theirs are no leak of ours.
+        before, tempfile.tempdir = tempfile.gettempdir(), directory
+        try:
+            return uvloop.run(run(args.rounds, args.together, args.kills, args.levels))
+        finally:
+            tempfile.tempdir = before
 
 
 if __name__ == "__main__":

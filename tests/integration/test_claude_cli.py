@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -37,20 +38,15 @@ KEY: Final = "planted-key-0123456789"
 PNG: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 # Fault: code, and how many deltas of six come before it.
 EXPECTED: Final[dict[str, tuple[str, int]]] = {
-    "400": ("bad_request", 0),
     "401": ("auth", 0),
-    "403": ("auth", 0),
     "404": ("bad_request", 0),
-    "413": ("context_too_long", 0),
     "429": ("rate_limited", 0),
     "503": ("overloaded", 0),
     "529": ("overloaded", 0),
     "context": ("context_too_long", 0),
-    "cut": ("cut", 3),
     "truncated": ("cut", 3),
     "error_event": ("overloaded", 3),
     "malformed": ("malformed", 3),
-    "empty": ("empty", 0),
     "refusal": ("refused", 0),
 }
 
@@ -138,6 +134,19 @@ async def test_a_prompt_of_a_megabyte_in_any_script_arrives_as_it_is_and_brings_
     assert text_of(items) == "\n" + prompt
     assert [m["role"] for m in sim.requests[-1].body["messages"]] == ["user"]
     assert len(user_blocks(sim)) == 1, "the program added something to the prompt"
+
+
+async def test_what_lies_above_the_working_directory_is_not_read(
+    sim: ProgramSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "CLAUDE.md").write_text("planted-context")
+    (tmp_path / ".claude").mkdir()
+    planted = {"env": {"ANTHROPIC_BASE_URL": "http://127.0.0.1:9", "CLAUDE_CODE_EXTRA_BODY": '{"planted": 1}'}}
+    (tmp_path / ".claude" / "settings.json").write_text(json.dumps(planted))
+    assert text_of(await collect(real(sim), call()))
+    assert "planted" not in json.dumps(sim.requests[-1].body)
 
 
 async def test_a_slow_reader_gets_the_whole_answer(sim: ProgramSimulator) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -35,18 +36,13 @@ pytestmark = pytest.mark.xdist_group("programs")
 KEY: Final = "planted-key-0123456789"
 # Fault: code, and how many deltas of six come before it.
 EXPECTED: Final[dict[str, tuple[str, int]]] = {
-    "400": ("bad_request", 0),
     "401": ("auth", 0),
-    "403": ("auth", 0),
     "429": ("rate_limited", 0),
     "503": ("overloaded", 0),
-    "529": ("overloaded", 0),
     "context": ("context_too_long", 0),
-    "cut": ("cut", 3),
     "truncated": ("cut", 3),
     "error_event": ("cut", 3),  # the program does not pass the error on
     "malformed": ("malformed", 3),
-    "empty": ("empty", 0),
     "refusal": ("refused", 0),
 }
 
@@ -139,14 +135,17 @@ async def test_a_prompt_of_a_megabyte_in_any_script_arrives_as_it_is_and_brings_
 async def test_what_lies_above_the_working_directory_is_not_read(
     sim: ProgramSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / ".git").mkdir()  # the program looks for context up to the root of a repository
     for name in (".env", ".gemini/.env"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("GEMINI_API_KEY=planted-by-others\nGOOGLE_GEMINI_BASE_URL=http://127.0.0.1:9\n")
     (tmp_path / "GEMINI.md").write_text("planted-context")
     assert text_of(await collect(real(sim), call()))
+    sent = json.dumps(sim.requests[-1].body)
+    assert str(tmp_path) in sent, "the program names its directory, which is to be below"
     assert sim.requests[-1].headers["x-goog-api-key"] == KEY
-    assert "planted-context" not in json.dumps(sim.requests[-1].body)
+    assert "planted-context" not in sent
 
 
 async def test_neither_prompt_nor_secret_can_be_seen_while_the_program_runs(sim: ProgramSimulator) -> None:

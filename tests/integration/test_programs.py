@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import uvloop
+from ops.bench.programs import main as benchmark
 
 from promptmill.errors import BackendError
 from promptmill_workers.programs import LEVELS, Program, ProgramLimits, open_sandbox, probe_all
@@ -361,6 +362,24 @@ async def test_fifty_programs_at_once_and_fifty_kills_in_a_row_leave_nothing(tag
         for _ in range(50):
             async with open_sandbox("sleep") as box, box.run(["/bin/sleep", "300"], environment={}, level=level):
                 pass
+
+
+async def test_a_held_standard_input_ends_on_the_way_out_only(level: str) -> None:
+    script = "read line; echo $line; cat; trap '' TERM; echo ended > $HOME/seen"
+    async with open_sandbox("sh") as box:
+        command = ["/bin/sh", "-c", script]
+        async with box.run(command, environment={}, stdin=b"one\ntwo\n", hold_stdin=True, level=level) as program:
+            lines = program.lines()
+            assert [await anext(lines), await anext(lines)] == [b"one", b"two"]
+            assert program.status is None
+        assert not (box.home / "seen").exists(), "TERM came before the end of the input"
+
+
+def test_the_benchmark_of_programs_finds_nothing_left(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark(["--rounds", "2", "--together", "3", "--kills", "3", "--levels", "subreaper"]) == 0
+    said = capsys.readouterr().out
+    assert "3 at a time: 150 of 150 lines" in said
+    assert said.count("nothing left") == 2
 
 
 def test_uvloop_runs_programs_too(tag: str, level: str) -> None:

@@ -34,7 +34,9 @@ from promptmill.settings import DEFAULT_TIMEOUTS, ApiKey, ModelConfig, Settings
 from promptmill_gateway.app import build_gateway
 from promptmill_relay.auth import Access, FixedSecret, KeyRing, StreamUrls
 from promptmill_relay.stream import StreamEndpoint
+from promptmill_workers.backends import gemini_cli
 from promptmill_workers.backends.anthropic_api import AnthropicOptions
+from promptmill_workers.backends.claude_cli import ClaudeOptions
 from promptmill_workers.backends.echo import EchoOptions
 from promptmill_workers.backends.gemini_api import GeminiOptions
 from promptmill_workers.backends.local_openai import LocalOpenAIOptions
@@ -85,6 +87,8 @@ def commands() -> dict[str, Any]:
         (CONFIGURATION, "Limits", "setting", Limits),
         (CONFIGURATION, "API keys", "setting", ApiKey),
         ("docs/backends/anthropic_api.md", "Configuration", "option", AnthropicOptions),
+        ("docs/backends/claude_cli.md", "Configuration", "option", ClaudeOptions),
+        ("docs/backends/gemini_cli.md", "Configuration", "option", gemini_cli.GeminiOptions),
         ("docs/backends/gemini_api.md", "Configuration", "option", GeminiOptions),
         ("docs/backends/local_openai.md", "Configuration", "option", LocalOpenAIOptions),
         ("docs/backends/echo.md", "Configuration", "option", EchoOptions),

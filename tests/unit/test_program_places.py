@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from promptmill.errors import ConfigError
+from promptmill.up.part import guard_interpreter
 from promptmill_workers.programs import configure
 from promptmill_workers.programs.environment import allowed, jobs_root
 from promptmill_workers.programs.guarding import places, procfs
@@ -159,3 +160,15 @@ def test_a_signal_reaches_no_later_process_of_the_same_pid(pidfd: bool, monkeypa
     assert started is not None
     assert not procfs.send((os.getpid(), started + 1), 9)
     assert procfs.send((os.getpid(), started), 0)
+
+
+def test_a_warden_loads_nothing_that_is_large_or_ours() -> None:
+    directory = Path(places.__file__).parent.parent
+    code = f"import sys; sys.path.insert(0, {str(directory)!r}); import guarding.warden; print(*sys.modules)"
+    loaded = subprocess.run(
+        [guard_interpreter(), "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "guarding.warden" in loaded
+    large = {"typing", "re", "json", "subprocess", "threading", "asyncio", "pathlib", "logging", "tempfile", "shutil"}
+    assert not large & set(loaded)
+    assert not [name for name in loaded if name.startswith("promptmill")]

@@ -5,8 +5,8 @@ How it is run, and why:
 - The prompt goes to standard input; the system prompt, the settings and the key into files of the job: ``ps`` and the
   program's environment show none of them.
 - The key's ``.env`` stands above the working directory. The program looks for one there and then further up, before it
-  looks in its home: anybody's ``/tmp/.env`` could else give it another address or another key.
-- ``context.fileName`` names a file that nobody has, so that no ``GEMINI.md`` on the way up is read.
+  looks in its home: anybody's in the system's temporary directory could else give it another address or another key.
+- Without boundary markers no ``GEMINI.md`` above the working directory is looked for.
 - No extensions, tools or agents; ``maxAttempts`` 1, because the runner repeats; ``GEMINI_CLI_NO_RELAUNCH``, because the
   program else runs as a child of a wrapper that does not pass signals on.
 - Its pipes are made blocking: Node's are not, and the program exits without waiting for what its reader has not taken.
@@ -153,7 +153,7 @@ class GeminiCli:
         settings: dict[str, Any] = {
             "security": {"auth": {"selectedType": "gemini-api-key"}},
             "tools": {"core": []},
-            "context": {"fileName": "promptmill-reads-none.md", "includeDirectoryTree": False},
+            "context": {"memoryBoundaryMarkers": [], "includeDirectoryTree": False},
             "general": {"maxAttempts": 1, "disableAutoUpdate": True, "enableAutoUpdate": False},
             "experimental": {"enableAgents": False},
             # A text that repeats itself (a table, a list) would be broken off, and called a success.

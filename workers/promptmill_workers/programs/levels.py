@@ -1,19 +1,22 @@
 """How firmly programs are held: the levels, which of them this machine permits, and which one is used.
 
-What ends with what, at each level (``X`` killed with SIGKILL, and all programs below it):
+At every level on Linux nothing is left when a program is ended, and when worker, warden or guard is killed with
+SIGKILL, or worker and guard, or warden and guard. What differs is the rest:
 
 =============  ===================================================================================================
-``pidns``      Linux, where PID namespaces may be made (root, or unprivileged user namespaces). The kernel ends all
-               with the namespace's init, and that with its guard. Worker, warden and guard can be killed at once.
+``pidns``      Linux, where PID namespaces may be made (root, or unprivileged user namespaces) and a ``/proc`` mounted
+               in them. The kernel ends all with the namespace's init, and that with its guard. Worker, warden and
+               guard can be killed at once.
 ``cgroup``     Linux 5.14, a writable control group of version 2. The kernel ends all in one act, asked by the guard
                or, if that was killed, by its warden. Killed all three at once: the leader ends with its guard, the
-               rest when the next worker of this user starts.
+               rest when the next worker of this user starts. ``memory_bytes`` bounds all processes together, where
+               the memory controller is enabled for the group.
 ``subreaper``  Linux. The guard stops and kills what it finds until it has no child left; if it was killed, its warden
                does. Killed all three at once: the leader ends with its guard, the rest as far as it has kept its
                environment when the next worker starts. A program that forks faster than it is found, for ever, is
                killed as often as it can be in 5 s.
 ``group``      Elsewhere (macOS). The program's process group is killed. What makes a session or a group of its own
-               is not found.
+               is not found, nor is anything when worker and guard are killed at once.
 =============  ===================================================================================================
 
 None is a wall against a program that attacks: it runs as the worker's user. Below ``pidns`` it can signal its guard,
@@ -29,6 +32,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from promptmill.errors import BackendError, ConfigError
+from promptmill.up.part import guard_interpreter
 from promptmill_workers.programs.environment import jobs_root
 from promptmill_workers.programs.guarding import places
 from promptmill_workers.programs.guarding.warden import JOB_LETTERS
@@ -39,6 +43,7 @@ LEVELS: Final = ("pidns", "cgroup", "subreaper", "group")
 """Best first."""
 
 _PROBE_RUN_S: Final = 10.0
+_SHELL: Final = ("/bin/sh", "-c", ":")
 
 
 class _Choice:
@@ -47,7 +52,7 @@ class _Choice:
     def __init__(self) -> None:
         self.forced: str | None = None
         self.best: str | None = None
-        self.probes: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[dict[str, str]]] = WeakKeyDictionary()
+        self.probes: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[str]] = WeakKeyDictionary()
 
 
 _choice = _Choice()
@@ -100,22 +105,21 @@ async def best_level() -> str:
         loop = asyncio.get_running_loop()
         if loop not in _choice.probes:
             _choice.probes[loop] = loop.create_task(_first_permitted())
-        tried = await asyncio.shield(_choice.probes[loop])
-        best = next((level for level, result in tried.items() if result == "ok"), None)
-        if best is None:
-            del _choice.probes[loop]
-            raise BackendError(f"no program can be started: {tried}", code="crashed")
+            # It holds the loop, which would else never go; and what failed once is tried again.
+            _choice.probes[loop].add_done_callback(lambda _: _choice.probes.pop(loop, None))
+        best = await asyncio.shield(_choice.probes[loop])
         _choice.best = best
+        return best
     return _choice.best
 
 
-async def _first_permitted() -> dict[str, str]:
+async def _first_permitted() -> str:
     tried: dict[str, str] = {}
     for level in LEVELS:
         tried[level] = await probe(level)
         if tried[level] == "ok":
-            break
-    return tried
+            return level
+    raise BackendError(f"no program can be started: {tried}", code="crashed")
 
 
 async def probe_all() -> dict[str, str]:
@@ -139,7 +143,8 @@ async def probe(level: str) -> str:
 async def _run_nothing(level: str, root: str, directory: str, lock_fd: int) -> str:
     order = Order(
         name="a probe",
-        command=("/bin/sh", "-c", ":"),
+        # Some containers have no shell; the interpreter takes ten times as long, but is there.
+        command=_SHELL if os.access(_SHELL[0], os.X_OK) else (guard_interpreter(), "-I", "-S", "-c", "pass"),
         environment={},
         level=level,
         root=root,

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 
 from . import procfs
 
 _PREFIX = "promptmill-"
+_OLD_S = 60.0
+"""A guard that just made one has not put its program into it yet."""
 
 
 def _mounts() -> list[tuple[str, str]]:
@@ -116,13 +119,24 @@ def empty(path: str) -> bool:
         return True
 
 
-def remove(path: str) -> None:
-    """Remove it with those that the program made below it. What is busy stays, for the next sweep."""
+def remove(path: str) -> bool:
+    """Remove it with those that the program made below it. False: it is still there, because something is in it."""
     for directory, _, _ in os.walk(path, topdown=False):
         try:
             os.rmdir(directory)  # noqa: PTH106
         except OSError:
             continue
+    return not os.path.exists(path)  # noqa: PTH110
+
+
+def remove_forgotten() -> None:
+    """Remove the old ones with nothing in them, whose guards and wardens were killed before they could."""
+    for path in of_job(""):
+        try:
+            if time.time() - os.stat(path).st_mtime > _OLD_S:  # noqa: PTH116
+                os.rmdir(path)  # noqa: PTH106
+        except OSError:
+            continue  # in use, or removed meanwhile
 
 
 def of_job(job: str) -> list[str]:

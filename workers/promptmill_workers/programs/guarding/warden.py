@@ -186,10 +186,7 @@ def _end_run(token: str) -> bool:
     busy = bool(found)
     for path in cgroups.of_job(token):
         cgroups.kill(path)
-        if cgroups.empty(path):
-            cgroups.remove(path)
-        else:
-            busy = True
+        busy = not (cgroups.empty(path) and cgroups.remove(path)) or busy
     return busy
 
 
@@ -201,6 +198,8 @@ def sweep(root: str) -> None:
         while kernel.LINUX and _end_run(job) and time.monotonic() < deadline:
             select.select([], [], [], 0.005)
         places.remove(f"{root}/{name}")
+    if kernel.LINUX:
+        cgroups.remove_forgotten()
 
 
 def main(fd: int, root: str) -> None:
