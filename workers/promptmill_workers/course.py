@@ -53,7 +53,7 @@ class HandedOn:
 
 
 HandOn = Callable[[str, str, str, list[dict[str, Any]] | None, list[str]], Awaitable[None]]
-"""``(queue, reason, phase, tries, chain)``: give the job to another queue; see :meth:`promptmill.store.Store.requeue`."""
+"""``(queue, reason, phase, tries, chain)``; see :meth:`promptmill.store.Store.requeue`."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -176,7 +176,7 @@ def said(error: BackendError) -> str:
 
 
 def backoff_s(error: BackendError, tried: int) -> float:
-    """Full jitter, so that jobs that failed together do not come back together; at least what the provider asked for."""
+    """Full jitter, so that jobs that failed together do not come back together; no less than the provider asked for."""
     wait_s = random.uniform(0, min(_RETRY_BASE_S * 2 ** (tried - 1), _RETRY_MAX_S))  # noqa: S311 - no secret
     if error.retry_after_s is not None:
         wait_s = min(max(wait_s, error.retry_after_s), _RETRY_MAX_S)
