@@ -17,6 +17,7 @@ from promptmill.watch import Watcher
 from promptmill_gateway.failures import add_failures
 from promptmill_gateway.openapi import describe
 from promptmill_gateway.routes import HealthRoutes, JobRoutes
+from promptmill_gateway.usage_routes import UsageRoutes
 from promptmill_relay.auth import Access
 from promptmill_relay.door import Door
 from promptmill_relay.problem import ASGIApp, Receive, Scope, Send
@@ -50,6 +51,7 @@ def build_gateway(settings: Settings, producer: AsyncProducer, access: Access, s
         redirect_slashes=False,
     )
     JobRoutes(settings, producer, access).add_to(api.router)
+    UsageRoutes(producer, access).add_to(api.router)
     HealthRoutes(producer).add_to(api.router)
     add_failures(api)
     api.openapi = lambda: describe(api)

@@ -26,7 +26,8 @@ _NAME: Final = TypeAdapter[str](Name)
 JobId = Annotated[str, Path(description="The job's id.")]
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers of these statuses, for OpenAPI."""
     body = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": _WHY[status], "content": body} for status in statuses}
 
@@ -63,7 +64,7 @@ class JobRoutes:
             response_model=JobAnswer,
             summary="Submit a job",
             openapi_extra=_body_of("JobRequest", required=True),
-            responses=_problems(400, 401, 403, 408, 409, 413, 429, 503),
+            responses=problems(400, 401, 403, 408, 409, 413, 429, 503),
         )
         router.add_api_route(
             "/v1/jobs",
@@ -72,7 +73,7 @@ class JobRoutes:
             tags=["jobs"],
             response_model=JobList,
             summary="List jobs, newest first",
-            responses=_problems(400, 401, 403, 503),
+            responses=problems(400, 401, 403, 503),
         )
         router.add_api_route(
             "/v1/jobs/{job_id}",
@@ -81,7 +82,7 @@ class JobRoutes:
             tags=["jobs"],
             response_model=JobAnswer,
             summary="One job",
-            responses=_problems(401, 404, 503),
+            responses=problems(401, 404, 503),
         )
         router.add_api_route(
             "/v1/jobs/{job_id}/cancel",
@@ -91,7 +92,7 @@ class JobRoutes:
             response_model=JobAnswer,
             summary="Stop a job; does nothing where it has ended",
             openapi_extra=_body_of("CancelRequest", required=False),
-            responses=_problems(400, 401, 404, 408, 413, 503),
+            responses=problems(400, 401, 404, 408, 413, 503),
         )
 
     async def submit(self, request: Request) -> Response:

@@ -39,7 +39,7 @@ class Beat:
     """One heartbeat. ``count`` rises with each; ``at_ms`` is Redis's time; ``every_s`` the worker's own period.
 
     ``family`` is whose queues it serves, ``level`` how it keeps programs together (None: it has run none), ``paused``
-    the models that it does not ask until their login is renewed.
+    the models that it does not ask until their login is renewed, ``registry`` the version that it goes by.
     """
 
     worker: str
@@ -52,6 +52,7 @@ class Beat:
     family: str = API_FAMILY
     level: str | None = None
     paused: list[str] = field(default_factory=list[str])
+    registry: int = 0
 
     def fresh(self, now_ms: int) -> bool:
         """True where the last beat is younger than three periods."""
@@ -111,6 +112,7 @@ def _read(worker: str, data: dict[str, Any]) -> Beat:
         data.get("family", API_FAMILY),
         data.get("level"),
         list(data.get("paused", ())),
+        int(data.get("registry", 0)),
     )
 
 

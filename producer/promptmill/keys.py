@@ -15,14 +15,33 @@ key                          type      written by                  read by      
 ``pm:sweep``                 string    sweep                       sweep                       one heartbeat period
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
 ``pm:worker:W``              channel   cancel script               worker W                    -
-``pm:operators``             channel   workers                     operators                   -
+``pm:operators``             channel   workers, submit             operators                   -
 ``pm:jobs``                  zset      submit                      list                        30 days or more, renewed
 ``pm:user:U:jobs``           zset      submit                      list                        30 days or more, renewed
 ``pm:idem:H``                string    submit                      submit                      life + retention
+``pm:{ledger:DAY}``          hash      booking                     usage                       90 days, renewed
+``pm:{ledger:DAY}:sums``     hash      booking                     usage, budgets              90 days, renewed
+``pm:unbooked``              zset      claim, booking, sweep       booking, sweep              7 days, renewed
+``pm:budget:H``              string    submit                      submit                      2 days
 ``pm:signing-key``           string    gateway, relay              gateway, relay              30 days, renewed
+``pm:{SUBJECT}:health``      hash      workers (traffic)           workers, operators          1 hour, renewed
+``pm:{SUBJECT}:probe``       string    workers (traffic)           workers                     15 s, renewed
+``pm:{model:NAME}:paces``    hash      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:running``  zset      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:held``     hash      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:line``     zset      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:due``      zset      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:needs``    hash      workers (traffic)           workers                     1 hour, renewed
+``pm:{model:NAME}:turns``    zset      workers (traffic)           workers                     1 hour, renewed
+``pm:troubled``              zset      workers (traffic)           workers, operators          1 day, renewed
+``pm:traffic``               channel   workers (traffic)           workers                     -
+``pm:{registry}``            hash      promptmill models           workers, producers          365 days, renewed
+``pm:{registry}:audit``      stream    promptmill models           operators                   365 days, renewed
+``pm:{registry}:changes``    channel   promptmill models           who wants to know at once   -
 ===========================  ========  ==========================  ==========================  =======================
 
 ``life`` is the queue time plus attempts times the total timeout; see :func:`promptmill.store.head.record_ttl_ms`.
+``SUBJECT`` is ``model:NAME`` or ``host:ADDRESS``; all keys of one subject share its hash tag.
 """
 
 from __future__ import annotations
@@ -42,14 +61,33 @@ WORKERS: Final = "pm:workers"
 ALL_JOBS: Final = "pm:jobs"
 SWEEP_LOCK: Final = "pm:sweep"
 SIGNING_KEY: Final = "pm:signing-key"
+TROUBLED: Final = "pm:troubled"
+"""The models and hosts that failed within the last day, scored by the reporter's clock in s: a superset."""
+TRAFFIC: Final = "pm:traffic"
+"""Where workers hear of a model's or a host's health, as JSON objects."""
+UNBOOKED: Final = "pm:unbooked"
 OPERATORS: Final = "pm:operators"
 """Where operators hear of what only a person can mend: JSON objects with an ``event`` and more."""
+
+REGISTRY: Final = "pm:{registry}"
+"""What operators changed of models, roles and users' slots; fields in :mod:`promptmill.live.entries`."""
+REGISTRY_AUDIT: Final = "pm:{registry}:audit"
+"""Who changed what: ``at``, ``who``, ``action``, ``name``, ``before``, ``after``; the last 1,000."""
+REGISTRY_CHANGES: Final = "pm:{registry}:changes"
+"""The new version, at each change."""
 
 INDEX_TTL: Final = timedelta(days=7)
 LIST_TTL: Final = timedelta(days=30)
 """Entries of jobs that are gone are trimmed long before."""
 WORKERS_TTL: Final = timedelta(days=1)
 SIGNING_KEY_TTL: Final = timedelta(days=30)
+BUDGET_TOLD_TTL: Final = timedelta(days=2)
+REGISTRY_TTL: Final = timedelta(days=365)
+REGISTRY_RENEW: Final = timedelta(hours=1)
+"""Workers renew it no more often than this."""
+REGISTRY_AUDIT_LENGTH: Final = 1_000
+TRAFFIC_TTL: Final = timedelta(hours=1)
+TROUBLED_TTL: Final = timedelta(days=1)
 LOG_AFTER_END_TTL: Final = timedelta(seconds=60)
 
 _ID_CHARS: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -98,10 +136,20 @@ def control(worker_id: str) -> str:
     return f"pm:worker:{worker_id}"
 
 
+def traffic(subject: str, part: str) -> str:
+    """One key of a model's (``model:NAME``) or a host's (``host:ADDRESS``) health and limits."""
+    return f"pm:{{{subject}}}:{part}"
+
+
 def _digest(*parts: str) -> str:
     # Length first, so that ("ab", "c") and ("a", "bc") differ.
     data = b"".join(len(p.encode()).to_bytes(4, "big") + p.encode() for p in parts)
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def user_digest(user: str) -> str:
+    """A user as the members of traffic's keys name them."""
+    return _digest(user)[:16]
 
 
 def user_jobs(user: str) -> str:
@@ -112,3 +160,18 @@ def user_jobs(user: str) -> str:
 def idempotency(user: str, key: str) -> str:
     """Which job a user's idempotency key stands for."""
     return f"pm:idem:{_digest(user, key)}"
+
+
+def ledger(day: str) -> str:
+    """The usage of every attempt that ended on a UTC day (``YYYY-MM-DD``)."""
+    return f"pm:{{ledger:{day}}}"
+
+
+def ledger_sums(day: str) -> str:
+    """The sums over that day's ledger; in its slot, so that both are written in one act."""
+    return f"pm:{{ledger:{day}}}:sums"
+
+
+def budget_told(user: str, day: str) -> str:
+    """Set once operators were told that a user's budget of a day is used up, softly."""
+    return f"pm:budget:{_digest(user, day)}"

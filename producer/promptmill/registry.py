@@ -23,7 +23,7 @@ def ordered(slots: Slots) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """A snapshot. ``version`` counts the changes of the live part; 0 where there is none.
+    """A snapshot. ``version`` rises with each change of the live part; 0 where there is none.
 
     ``users`` holds roles by user; a slot named there is asked in the place of the role's own.
     """

@@ -111,6 +111,9 @@ def _by_role(registry: Registry, request: JobRequest, role: str) -> Decision:
     named = ", ".join(f"{slot} = {model}{' (own)' if slot in own else ''}" for slot, model in slots.items())
     why = f"role {role} for user {request.user}: {named}"
     routes = [Route(model, registry.models[model], slot) for slot, model in slots.items() if model in registry.models]
+    if not routes:
+        gone = ", ".join(slots.values())
+        raise BadRequest(f"role {role} names only models that are gone: {gone}", code="unknown_model", field="role")
     return _automatic(routes, request, [*([note] if note else []), why], note)
 
 

@@ -6,7 +6,6 @@ The environment wins over the file, arguments over both. No other module reads t
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -26,7 +25,9 @@ from pydantic_settings import (
 
 from promptmill.contract import Limits, Timeouts
 from promptmill.errors import ConfigError
+from promptmill.findings import findings
 from promptmill.queues import API_FAMILY
+from promptmill.slots import check_slots
 
 DEFAULT_FILE: Final = "promptmill.toml"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
@@ -39,10 +40,11 @@ FAMILIES: Final = {
     "local_openai": API_FAMILY,
 }
 """The built-in backends, and the family of workers that each belongs to. Others belong to the API family."""
-PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini"})
+ISOLATED_FAMILY: Final = "isolated"
+"""Models with ``isolation = "process"``: a process a call must not stand beside thousands of streams."""
+PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini", ISOLATED_FAMILY})
 PROGRAM_CONCURRENCY: Final = 8
 _NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
-_SLOT: Final = re.compile(r"^(primary|backup_[1-9][0-9]?)$")
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 
 ModelName = Annotated[str, Field(pattern=_NAME)]
@@ -60,6 +62,37 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class ModelLimits(_Part):
+    """What all workers together may ask of one model. None: no limit but the provider's own."""
+
+    concurrency: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
+    """Calls at once."""
+    requests_per_minute: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None = None
+    tokens_per_minute: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
+    """Of the prompt and of the answer together."""
+
+
+Dollars = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
+
+
+class Price(_Part):
+    """What a model costs, in dollars per million tokens; cached tokens cost as much as ``input`` where not told."""
+
+    input: Dollars
+    output: Dollars
+    cache_read: Dollars | None = None
+    cache_write: Dollars | None = None
+
+
+class Budget(_Part):
+    """What a user may use in a UTC day. Past a soft limit jobs are taken with a warning, past a hard one refused."""
+
+    soft_usd: Dollars | None = None
+    hard_usd: Dollars | None = None
+    soft_tokens: Annotated[int, Field(ge=0)] | None = None
+    hard_tokens: Annotated[int, Field(ge=0)] | None = None
+
+
 class ModelConfig(_Part):
     """One entry of the registry: which backend answers under this name, and how it is reached."""
 
@@ -74,6 +107,10 @@ class ModelConfig(_Part):
     """Which workers run it; None is the family of its type. Any name makes a family of its own."""
     isolation: Literal["none", "process"] = "none"
     """``process`` runs each call in a guarded process of its own."""
+    price: Price | None = None
+    """What it costs; None is what the provider says, else the table of prices that is installed."""
+    limits: ModelLimits = ModelLimits()
+    """Held by all workers together; see :mod:`promptmill.traffic`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What only this type of backend knows; checked by the backend."""
 
@@ -109,7 +146,7 @@ class ModelConfig(_Part):
     @property
     def worker_family(self) -> str:
         """The family of workers that runs it: its queue is theirs."""
-        return self.family or FAMILIES.get(self.type, API_FAMILY)
+        return self.family or (ISOLATED_FAMILY if self.isolation == "process" else FAMILIES.get(self.type, API_FAMILY))
 
     def secret(self) -> str | None:
         """The key, read now; None where none is configured. Never print, log or store it.
@@ -133,9 +170,11 @@ class FamilyConfig(_Part):
 
 
 class UserConfig(_Part):
-    """What is different for one user: slots of roles, asked in the place of the roles' own."""
+    """What is different for one user: slots of roles, asked in the place of the roles' own, and the budget."""
 
     roles: dict[str, dict[str, str]] = Field(default_factory=dict)
+    budget: Budget | None = None
+    """In the place of the settings' own, limit by limit."""
 
 
 class ApiKey(_Part):
@@ -182,6 +221,8 @@ class Settings(BaseSettings):
     roles: dict[ModelName, dict[str, str]] = Field(default_factory=dict)
     users: dict[str, UserConfig] = Field(default_factory=dict)
     default_model: str | None = None
+    live_registry: bool = True
+    """False: what operators change with ``promptmill models`` does not hold here; see :mod:`promptmill.live`."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -210,6 +251,10 @@ class Settings(BaseSettings):
     max_attempts: Annotated[int, Field(gt=0, le=100)] = 3
     timeouts: Timeouts = Timeouts()
     retention_s: PositiveSeconds = 24 * 3600
+    ledger_retention_s: PositiveSeconds = 90 * 24 * 3600
+    """How long a day's ledger of usage is kept after the last entry."""
+    budget: Budget | None = None
+    """What each user may use in a day."""
     limits: Limits = Limits()
 
     data_dir: Path | None = None
@@ -256,11 +301,10 @@ class Settings(BaseSettings):
         return self
 
     def _check_slots(self, key: str, slots: dict[str, str]) -> None:
-        for slot, model in slots.items():
-            if not _SLOT.match(slot):
-                raise ValueError(f"{key}.{slot}: a slot is named primary, backup_1, backup_2 …")
-            if model not in self.registry:
-                raise ValueError(f"{key}.{slot}: there is no model {model!r} under [models]")
+        try:
+            check_slots(slots, self.registry)
+        except ValueError as err:
+            raise ValueError(f"{key}.{err}") from None
 
     @property
     def registry(self) -> dict[str, ModelConfig]:
@@ -306,6 +350,14 @@ class Settings(BaseSettings):
             if secret:
                 keys[user] = secret
         return keys
+
+    def budget_of(self, user: str) -> Budget | None:
+        """The limits that hold for a user: their own, and the settings' where theirs say nothing. None: no limit."""
+        config = self.users.get(user)
+        own = config.budget if config else None
+        if own is None or self.budget is None:
+            return own or self.budget
+        return self.budget.model_copy(update=own.model_dump(exclude_none=True))
 
     def timeouts_for(self, model: ModelConfig, asked: Timeouts) -> Timeouts:
         """The bounds of one attempt: the request's, then the model's, then the settings', then ours."""
@@ -390,13 +442,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _config_error(err: ValidationError, path: Path | None) -> ConfigError:
-    lines: list[str] = []
-    for item in err.errors(include_url=False, include_context=False, include_input=False):
-        key = ".".join(str(part) for part in item["loc"])
-        reason = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            reason = "no such setting"
-        source = str(path) if path else "configuration"
-        lines.append(f"{source}: {key}: {reason}" if key else f"{source}: {reason}")
+    source = str(path) if path else "configuration"
+    lines = [f"{source}: {finding}" for finding in findings(err)]
     first = err.errors(include_url=False)[0]["loc"]
     return ConfigError("\n".join(lines), field=".".join(str(p) for p in first) or None)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
 from promptmill.heartbeat import Beat, read_beats
+from promptmill.registry import Registry
 from promptmill.settings import Settings
 from promptmill.store import Record, Store
 from promptmill.store.connection import store_errors
 from promptmill.store.link import Command
+from promptmill.usage import sweep_unbooked
 
 if TYPE_CHECKING:
     from promptmill.enqueue import Enqueuer
@@ -39,6 +41,9 @@ class Watcher:
     def __init__(self, store: Store, settings: Settings, enqueuer: Enqueuer) -> None:
         self._store = store
         self._enqueuer = enqueuer
+        self.registry = Registry.of(settings)
+        """By whose prices what nobody booked is booked; a worker puts newer snapshots in its place."""
+        self._ledger_retention_s = settings.ledger_retention_s
         self._period_s = settings.heartbeat_s
         self._dead_after_s = settings.dead_after_s
         self._seen: dict[str, tuple[int, float]] = {}
@@ -106,21 +111,20 @@ class Watcher:
         phase: str = "requeued",
         tries: list[dict[str, Any]] | None = None,
         chain: list[str] | None = None,
+        wait_s: float | None = None,
     ) -> list[str]:
         """Requeue jobs of a dead worker, or those that their holder hands back (``claims``: job id to token).
 
-        A holder may hand them to another ``queue``; see :meth:`promptmill.store.Store.requeue`.
+        A holder may hand them to another ``queue``; see :meth:`promptmill.store.Store.requeue`. With ``wait_s`` no
+        message is sent: the sweep sends it when that time is over.
 
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
         queued: list[tuple[str, str]] = []
         for job_id in job_ids:
-            wait: list[Command] = [
-                ("ZADD", keys.OUTBOX, "NX", 0, job_id),
-                ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds())),
-            ]
+            renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
             with store_errors(self._store.address):
-                await self._store.ask(wait)
+                await self._store.ask([("ZADD", keys.OUTBOX, "NX", 0, job_id), renew])
             outcome = await self._store.requeue(
                 job_id,
                 dead_worker=dead_worker,
@@ -131,11 +135,12 @@ class Watcher:
                 phase=phase,
                 tries=tries,
                 chain=chain,
+                wait_ms=None if wait_s is None else int(wait_s * 1000),
             )
-            # Again: a sweep that looked in between saw a running job.
-            self._store.wire.tell(wait if outcome == "queued" else [])
+            # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
+            self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
             logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
-            if outcome == "queued":
+            if outcome == "queued" and wait_s is None:
                 record = await self._store.find(job_id)
                 if record is not None:
                     queued.append((job_id, record.queue))
@@ -146,7 +151,9 @@ class Watcher:
     # -- the outbox ---------------------------------------------------------------------------------------------
 
     async def sweep(self) -> int:
-        """Look at the outbox entries that are due; answers how many messages were sent again.
+        """Look at the outbox entries that are due, and book the usage that nobody booked.
+
+        Answers how many messages were sent again.
 
         One watcher at a time does it: the others would only send the same messages again.
         """
@@ -165,6 +172,7 @@ class Watcher:
             sent += await self._look_at(due, now_ms)
             if len(due) < _SWEEP_MAX:
                 break
+        await sweep_unbooked(self._store, self.registry, self._ledger_retention_s)
         return sent
 
     async def _look_at(self, due: list[tuple[bytes, float]], now_ms: int) -> int:
@@ -188,7 +196,9 @@ class Watcher:
             elif now_ms >= record.st["deadline"]:
                 await self._expire(job_id)
                 done.append(job_id)
-            elif now_ms - record.st["queued"] < _GRACE_MS:
+            elif now_ms < record.st.get("not_before", 0):
+                later[job_id] = int(record.st["not_before"])
+            elif "not_before" not in record.st and now_ms - record.st["queued"] < _GRACE_MS:
                 later[job_id] = _next_look(record, record.st["queued"] + _GRACE_MS)
             else:
                 waiting[record.queue].append(record)
@@ -209,7 +219,8 @@ class Watcher:
         with store_errors(self._store.address):
             raw: Any = await self._store.redis.hget(keys.CLAIMED, queue)
         claimed_ms = int(raw or 0)
-        lost = [r for r in records if depth == 0 or claimed_ms > r.st["queued"]]
+        # What was put off has had no message at all.
+        lost = [r for r in records if depth == 0 or claimed_ms > r.st["queued"] or "not_before" in r.st]
         for record in records:
             # Each look waits as long as the job has waited already: few messages however long the backlog.
             waited = now_ms - int(record.st["queued"])

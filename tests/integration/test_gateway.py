@@ -345,6 +345,7 @@ async def test_the_openapi_document_describes_every_path_with_schemas_that_exist
         "/v1/jobs/{job_id}",
         "/v1/jobs/{job_id}/cancel",
         "/v1/jobs/{job_id}/stream",
+        "/v1/usage",
         "/healthz",
         "/readyz",
     }

@@ -30,7 +30,7 @@ from promptmill.contract import (
 )
 from promptmill.contract.job import Attempt
 from promptmill.errors import CODES
-from promptmill.settings import DEFAULT_TIMEOUTS, ApiKey, ModelConfig, Settings
+from promptmill.settings import DEFAULT_TIMEOUTS, ApiKey, ModelConfig, ModelLimits, Settings
 from promptmill_gateway.app import build_gateway
 from promptmill_relay.auth import Access, FixedSecret, KeyRing, StreamUrls
 from promptmill_relay.stream import StreamEndpoint
@@ -70,6 +70,8 @@ def commands() -> dict[str, Any]:
 
     def add(command: Any, name: str) -> None:
         if hasattr(command, "commands"):
+            if command.invoke_without_command and name != "promptmill":
+                found[name] = command
             for child, inner in command.commands.items():
                 add(inner, f"{name} {child}")
         else:
@@ -85,6 +87,7 @@ def commands() -> dict[str, Any]:
         (CONFIGURATION, "Settings", "setting", Settings),
         (CONFIGURATION, "Models", "setting", ModelConfig),
         (CONFIGURATION, "Limits", "setting", Limits),
+        ("docs/reference/limits.md", "Configuration", "setting", ModelLimits),
         (CONFIGURATION, "API keys", "setting", ApiKey),
         ("docs/backends/anthropic_api.md", "Configuration", "option", AnthropicOptions),
         ("docs/backends/claude_cli.md", "Configuration", "option", ClaudeOptions),
@@ -140,7 +143,7 @@ def test_the_events_are_listed_with_their_fields() -> None:
 
 def test_the_command_line_is_listed_with_every_option() -> None:
     page = read(COMMANDS)
-    described = re.findall(r"^## `(promptmill [\w ]+)`$", page, re.MULTILINE)
+    described = re.findall(r"^## `(promptmill [\w -]+)`$", page, re.MULTILINE)
     assert sorted(described) == sorted(commands())
     for name, command in commands().items():
         listed = {option for row in table(COMMANDS, f"`{name}`") for option in re.findall(r"-[\w-]+", row["option"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 from promptmill.cli import exits
 from promptmill.errors import ConfigError, PromptmillError
 from promptmill.extras import require_extras
+from promptmill.live import families_of
 from promptmill.queues import API_FAMILY
-from promptmill.settings import load_settings
+from promptmill.settings import Settings, load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(args.config)
         if args.family not in settings.served_families:
-            known = ", ".join(settings.served_families)
-            raise ConfigError(
-                f"--family {args.family}: no configured model belongs to it; there is: {known}", field="family"
-            )
+            _check_live_family(settings, args.family)
         concurrency = args.concurrency or settings.concurrency_of(args.family)
         settings = settings.model_copy(update={"concurrency": concurrency})
         logging.basicConfig(
@@ -43,6 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PromptmillError as err:
         sys.stderr.write(f"error [{err.code}]: {err.message}\n")
         return exits.exit_code(err)
+
+
+def _check_live_family(settings: Settings, family: str) -> None:
+    """Raise ConfigError where none of the models that operators added has that family either."""
+    known = asyncio.run(families_of(settings))
+    if family not in known:
+        raise ConfigError(f"--family {family}: no model belongs to it; there is: {', '.join(known)}", field="family")
 
 
 if __name__ == "__main__":

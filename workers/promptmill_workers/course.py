@@ -10,19 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, Protocol
 
 from promptmill.contract import JobRequest, Progress, Restart
-from promptmill.errors import BackendError
+from promptmill.errors import BackendError, PromptmillError, StoreUnavailable
 from promptmill.failures import classify
 from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
 from promptmill.settings import Settings
-from promptmill.store import Claimed
-from promptmill_workers.attempt import Progressing, estimated_usage, stream
+from promptmill.store import Claimed, Store
+from promptmill.store.tries import CLAIM_CHARS
+from promptmill.traffic import Admission, Traffic
+from promptmill.usage import keep_try, price, settled_usage, tell_asking
+from promptmill.usage.estimates import BYTES_PER_TOKEN
+from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
@@ -36,6 +41,10 @@ _RETRY_MAX_S: Final = 30.0
 _PATIENCE_S: Final = 5.0
 """A model with a backup behind it is not waited for longer than this."""
 _TRIES_BEFORE_BACKUP: Final = 2
+_WAIT_HERE_S: Final = 1.0
+"""A longer wait for a model's limits or health is waited in the queue: here it would hold a place that others need."""
+_ANSWER_TOKENS: Final = 500
+"""What an answer is taken to need before it is there, where the request sets no bound."""
 MESSAGE_MAX_CHARS: Final = 2_000
 
 
@@ -48,12 +57,42 @@ class Ended:
     route: Route
 
 
+@dataclass(slots=True)
+class Current:
+    """An attempt that runs."""
+
+    number: int
+    route: Route
+    started: datetime
+    into: Progressing
+
+
 class HandedOn:
-    """The job was given to other workers; nothing is left to do here."""
+    """The job was given to other workers, or back to the queue; nothing is left to do here."""
 
 
-HandOn = Callable[[str, str, str, list[dict[str, Any]] | None, list[str]], Awaitable[None]]
-"""``(queue, reason, phase, tries, chain)``; see :meth:`promptmill.store.Store.requeue`."""
+class HandOn(Protocol):
+    """Gives a job back; see :meth:`promptmill.store.Store.requeue`."""
+
+    def __call__(
+        self,
+        queue: str,
+        reason: str,
+        phase: str,
+        *,
+        tries: list[dict[str, Any]] | None,
+        chain: list[str],
+        wait_s: float | None = None,
+    ) -> Awaitable[None]: ...
+
+
+class _Deferred(Exception):
+    """The model is not to be asked for so long: the job waits in the queue."""
+
+    def __init__(self, wait_s: float, reason: str) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
+        self.reason = reason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,10 +107,31 @@ class Course:
     settings: Settings
     backends: Backends
     pauses: Pauses
+    traffic: Traffic
+    store: Store
     writer: Writer
     hand_on: HandOn
+    claim: str
     tries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     number: int = 0
+    current: Current | None = None
+    """The attempt that runs now."""
+    told_bytes: int = 0
+    """Text of the attempts before it."""
+
+    def describe(
+        self, number: int, route: Route, started: datetime, into: Progressing, error: PromptmillError | None
+    ) -> dict[str, Any]:
+        """An attempt, as it is stored."""
+        return describe(number, route, started, into, error, self.claim)
+
+    def interrupted(self) -> dict[str, Any] | None:
+        """The attempt that ran when the claim was taken away; None where there was none."""
+        now = self.current
+        if now is None:
+            return None
+        error = PromptmillError("its claim was taken away", code="cancelled")
+        return self.describe(now.number, now.route, now.started, now.into, error)
 
     async def run(self, decision: Decision) -> Ended | HandedOn:
         """Ask the models in their order until one answers, or none is left that may."""
@@ -88,9 +148,15 @@ class Course:
                 self.number += 1
             asked = True
             more = decision.automatic and position + 1 < len(routes)
-            ended = await self._ask(route, more=more)
+            try:
+                ended = await self._ask(route, more=more)
+            except _Deferred as wait:
+                await self._put_off(routes[position:], wait)
+                return HandedOn()
             if ended.error is None or not more or not classify(ended.error.code).fall_back:
                 return ended
+            if self.tries:
+                await self._keep_last()
             self._fall_back(ended, routes[position + 1])
         raise AssertionError("a decision has at least one route")
 
@@ -103,21 +169,36 @@ class Course:
         family = routes[0].config.worker_family
         queue = queue_for(self.claimed.record.head["priority"], family)
         reason = f"handed to the {family} workers"
-        await self.hand_on(queue, reason, "requeued", self.tries if asked else None, [r.name for r in routes])
+        names = [route.name for route in routes]
+        await self.hand_on(queue, reason, "requeued", tries=self.tries if asked else None, chain=names)
+
+    async def _put_off(self, routes: list[Route], wait: _Deferred) -> None:
+        """Back to the queue, for as long as its model is not to be asked."""
+        queue = queue_for(self.claimed.record.head["priority"], routes[0].config.worker_family)
+        tries = self.tries if len(self.tries) > len(self.claimed.tries) else None
+        names = [route.name for route in routes]
+        await self.hand_on(queue, wait.reason, "waiting", tries=tries, chain=names, wait_s=wait.wait_s)
 
     async def _ask(self, route: Route, *, more: bool) -> Ended:
         """Attempts of one model, until it answers or is not to be asked again."""
         limit = min(_TRIES_BEFORE_BACKUP, self.settings.max_attempts) if more else self.settings.max_attempts
         tried = 0
         while True:
+            admission = await self._admitted(route, more=more)
+            if isinstance(admission, BackendError):
+                return Ended(admission, Progressing(), route)
             into, started = Progressing(), datetime.now(UTC)
-            error = await self._attempt(route, into)
+            self.current = Current(self.number, route, started, into)
+            facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
+            tell_asking(self.store, self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
+            error = await self._reported(admission, route, into)
+            self.current = None
+            self.told_bytes += len(into.text.encode())
             tried += 1
-            if into.usage is None and into.parts:
-                into.usage = estimated_usage(self.request, into.text)
-            self.tries.append(describe(self.number, route, started, into, error))
-            if error is None or into.parts or tried >= limit or not classify(error.code).retry:
+            self.tries.append(self.describe(self.number, route, started, into, error))
+            if error is None or into.parts or tried >= limit or not (error.retryable and classify(error.code).retry):
                 return Ended(error, into, route)
+            await self._keep_last()
             wait_s = backoff_s(error, tried)
             if more and wait_s > _PATIENCE_S:
                 return Ended(error, into, route)
@@ -125,19 +206,67 @@ class Course:
             self._tell(Progress(phase="retrying", message=said(error), attempt=self.number, model=route.name))
             await asyncio.sleep(wait_s)
 
-    async def _attempt(self, route: Route, into: Progressing) -> BackendError | None:
+    async def _admitted(self, route: Route, *, more: bool) -> Admission | BackendError:
+        """Leave to ask the model now. The error where another model is to be asked in its place.
+
+        Raises
+        ------
+        _Deferred
+            It is not to be asked for longer than is waited here.
+        """
+        asked = int(len(self.claimed.request) / BYTES_PER_TOKEN) + (self.request.max_tokens or _ANSWER_TOKENS)
+        told = False
+        while True:
+            admission = await self.traffic.admit(route, self.request.user, tokens=asked)
+            if admission.granted:
+                return admission
+            if more and (admission.reason == "cooldown" or admission.wait_s > _PATIENCE_S):
+                message = f"model {route.name!r} is not to be asked now ({admission.reason})"
+                return BackendError(message, code="overloaded", retry_after_s=admission.wait_s)
+            if admission.wait_s > _WAIT_HERE_S:
+                raise _Deferred(admission.wait_s, f"{route.name} is not to be asked yet: {admission.reason}")
+            if not told:
+                told = True
+                message = f"for {route.name}: {admission.reason}"
+                self._tell(Progress(phase="waiting", message=message, model=route.name))
+            await asyncio.sleep(admission.wait_s)
+
+    async def _reported(self, admission: Admission, route: Route, into: Progressing) -> BackendError | None:
+        """One attempt, whose end is told to the fleet, whatever it is."""
+        code, wait_s = "cancelled", None
+        try:
+            error = await self._attempt(route, into, admission)
+            code, wait_s = (error.code, error.retry_after_s) if error else (None, None)
+        finally:
+            settle(self.request, into, route)
+            usage = into.usage
+            tokens = usage.input_tokens + usage.output_tokens + usage.cache_write_tokens if usage else None
+            await self.traffic.report(admission, code=code, retry_after_s=wait_s, tokens=tokens, rate=into.rate)
+        return error
+
+    async def _keep_last(self) -> None:
+        """The claim goes on after an attempt that failed: what it used must survive this worker's death."""
+        try:
+            await keep_try(self.store, self.job_id, self.tries[-1])
+        except StoreUnavailable as err:
+            logger.info("an attempt of job %s is booked with its end: %s", self.job_id, err)
+
+    async def _attempt(self, route: Route, into: Progressing, admission: Admission) -> BackendError | None:
         """One attempt; answers why it failed, or None."""
         try:
-            backend = self.backends.get(route)
-            self.pauses.check(route, backend)
-            timeouts = self.settings.timeouts_for(route.config, self.request.timeouts)
-            call = Call(self.job_id, self.number, self.request, timeouts)
-            try:
-                await stream(backend, call, self.log, self.writer, into)
-            except BackendError as err:
-                if err.code == "auth_expired":
-                    self.pauses.expired(route, backend, err)
-                raise
+            with self.backends.lend(route) as backend:
+                login = self.pauses.check(route, backend)
+                # A model that streams is well: the others need not wait for the end of a long answer.
+                first = partial(self.traffic.alive, admission) if admission.probe else None
+                timeouts = self.settings.timeouts_for(route.config, self.request.timeouts)
+                call = Call(self.job_id, self.number, self.request, timeouts)
+                try:
+                    await stream(backend, call, self.log, self.writer, into, on_first=first)
+                except BackendError as err:
+                    if err.code == "auth_expired":
+                        self.pauses.expired(route, backend, login, err)
+                    raise
+                self.pauses.answered(route)
         except BackendError as err:
             return err
         except Exception as err:
@@ -183,13 +312,25 @@ def backoff_s(error: BackendError, tried: int) -> float:
     return wait_s
 
 
+def settle(request: JobRequest, into: Progressing, route: Route) -> None:
+    """What an attempt used, estimated where nobody counted, and what that costs where its provider did not say."""
+    size = len(into.text.encode())
+    into.usage = settled_usage(request, into.usage, size, whole=into.finished is not None, model=route.name)
+    if into.usage is not None and into.cost_usd is None:
+        cost = price(route.config, into.usage)
+        into.cost_usd = float(cost) if cost is not None else None
+
+
 def describe(
-    number: int, route: Route, started: datetime, into: Progressing, error: BackendError | None
+    number: int, route: Route, started: datetime, into: Progressing, error: PromptmillError | None, claim: str
 ) -> dict[str, Any]:
     """What :class:`~promptmill.contract.Attempt` reads; built by hand because this runs for every job."""
-    request_id = error.provider_request_id if error else into.finished and into.finished.provider_request_id
+    request_id = getattr(error, "provider_request_id", None) or (
+        into.finished.provider_request_id if into.finished else None
+    )
     fields = {
         "attempt": number,
+        "claim": claim[:CLAIM_CHARS],
         "model": route.name,
         "backend": route.config.type,
         "slot": route.slot,

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from concurrent.futures import CancelledError
 from typing import Any, Final, cast
 
@@ -17,6 +18,7 @@ from promptmill import keys
 from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
 from promptmill.heartbeat import WorkerState, beat, leave
+from promptmill.live import LiveRegistry
 from promptmill.queues import API_FAMILY
 from promptmill.settings import FAMILIES, PROGRAM_FAMILIES, ModelConfig, Settings
 from promptmill.store import Store
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _VERIFY_EVERY_BEATS: Final = 5
 _STOP_TIMEOUT_S: Final = 10.0
+_TAKEN_S: Final = 2.0
+"""How long the event loop may take to begin with a job."""
 
 
 def new_worker_id(name: str) -> str:
@@ -63,6 +67,8 @@ class Engine:
         self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
         self._serving: set[asyncio.Task[None]] = set()
+        self.live = LiveRegistry(settings)
+        self._using: set[asyncio.Task[None]] = set()
         self._handing_back: dict[str, str] = {}
 
     @classmethod
@@ -84,15 +90,18 @@ class Engine:
         engine.writer.start()
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
-        await asyncio.to_thread(engine.runner.backends.load, settings, family)
+        engine.runner.renew = engine._renew_registry
         configure(settings.guard_level)
-        if any(m.worker_family == family and _runs_programs(m) for m in settings.models.values()):
-            engine.level = await prepare()
+        await engine.live.refresh(engine.store, renew=True)
+        engine.runner.registry = engine.watcher.registry = engine.live.registry
+        await engine._use_models()
         await engine._beat()
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),
+            asyncio.create_task(engine._follow_registry(), name="registry"),
             asyncio.create_task(engine._control(), name="control"),
             asyncio.create_task(engine.watcher.run(), name="watcher"),
+            asyncio.create_task(engine.runner.traffic.run(), name="traffic"),
         ]
         return engine
 
@@ -105,13 +114,25 @@ class Engine:
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def serve(self, job_id: str, queue: str) -> None:
-        """Run a job to its end, from one of Celery's threads, which waits."""
+        """Run a job to its end, from one of Celery's threads, which waits.
+
+        Where the event loop does not take the job, because a backend holds it up, the message goes back to the queue:
+        other workers are there, and this one may be about to be ended with all that it swallowed.
+        """
+        begun = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begun), self._loop)
+        if not begun.wait(_TAKEN_S):
+            future.cancel()
+            logger.warning("the event loop does not turn: the message of job %s goes back", job_id)
+            self.enqueuer.send_from_thread([(job_id, queue)])
+            return
         try:
-            asyncio.run_coroutine_threadsafe(self._serve(job_id, queue), self._loop).result()
+            future.result()
         except CancelledError:
             logger.info("job %s was not begun here: the worker stops", job_id)
 
-    async def _serve(self, job_id: str, queue: str) -> None:
+    async def _serve(self, job_id: str, queue: str, begun: threading.Event) -> None:
+        begun.set()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker
         self._serving.add(task)
@@ -170,8 +191,46 @@ class Engine:
             family=self.family,
             level=self.level,
             paused=self.runner.pauses.names,
+            registry=self.runner.registry.version,
         )
         self._beaten_at = self._loop.time()
+
+    # -- the registry -------------------------------------------------------------------------------------------
+
+    async def _follow_registry(self) -> None:
+        """Beside the heartbeat and not in it: a slow answer must not make this worker look dead."""
+        while True:
+            await asyncio.sleep(self.settings.heartbeat_s)
+            before = self.runner.registry
+            try:
+                await self._renew_registry()
+            except StoreUnavailable as err:
+                logger.warning("the registry was not read: %s", err)
+            if self.runner.registry is not before:
+                await self._beat_now()  # says which version holds here
+
+    async def _renew_registry(self) -> None:
+        """Take over what operators changed. Raises StoreUnavailable."""
+        await self.live.refresh(self.store, renew=True)
+        if self.runner.registry is not self.live.registry:
+            self.runner.registry = self.watcher.registry = self.live.registry
+            logger.info("the registry changed: version %d", self.live.registry.version)
+            # Not awaited: a backend's libraries take seconds to import, and heartbeats and jobs go on meanwhile.
+            task = asyncio.create_task(self._use_models(), name="models")
+            self._using.add(task)
+            task.add_done_callback(self._used)
+
+    def _used(self, task: asyncio.Task[None]) -> None:
+        self._using.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the changed models were not made ready, each is made for its first job: %s", error)
+
+    async def _use_models(self) -> None:
+        models = self.live.registry.models
+        await self.runner.backends.use(models, self.family)
+        if self.level is None and any(m.worker_family == self.family and _runs_programs(m) for m in models.values()):
+            self.level = await prepare()
+            logger.info("programs are kept together by %s", self.level)
 
     # -- learning that a claim is gone --------------------------------------------------------------------------
 
@@ -270,9 +329,10 @@ class Engine:
 
     async def aclose(self) -> None:
         """Stop beating and close everything. Jobs that still run are left to the watchers."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._using]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(StoreUnavailable):
             await leave(self.store, self.worker_id)
         await self.runner.aclose()

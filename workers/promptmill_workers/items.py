@@ -9,6 +9,7 @@ line                                                                         sta
 ``{"type":"text","text":…}``                                                 TextDelta
 ``{"type":"usage","usage":{…},"cost_usd":…}``                                UsageUpdate
 ``{"type":"restart","reason":…}``                                            StartedAnew
+``{"type":"rate","requests":{…},"tokens":{…},…}``                            RateInfo
 ``{"type":"finished","reason":…,"request_id":…}``                            Finished: the last line
 ``{"type":"error","code":…,"message":…,"retryable":…,"request_id":…,…}``     BackendError: the last line
 ============================================================================ =================================
@@ -19,6 +20,7 @@ line, whatever it holds.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Final
 
 import orjson
@@ -26,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from promptmill.contract import JobRequest, Timeouts, Usage
 from promptmill.errors import BackendError
+from promptmill.rates import RateInfo, RateWindow
 from promptmill.settings import ModelConfig
 from promptmill.text import clean_text
 from promptmill_workers.backends.base import Call, Finished, Item, StartedAnew, TextDelta, UsageUpdate
@@ -81,6 +84,8 @@ def encode_item(item: Item) -> bytes:
         return _line({"type": "usage", "usage": item.usage.model_dump(), "cost_usd": item.cost_usd})
     if isinstance(item, StartedAnew):
         return _line({"type": "restart", "reason": clean_text(item.reason)})
+    if isinstance(item, RateInfo):
+        return _line({"type": "rate", **asdict(item)})
     request_id = clean_text(item.provider_request_id) if item.provider_request_id is not None else None
     return _line({"type": "finished", "reason": clean_text(item.reason), "request_id": request_id})
 
@@ -131,6 +136,23 @@ class _Restart(_Line):
         return StartedAnew(self.reason)
 
 
+class _Window(_Line):
+    limit: int | None = None
+    remaining: int | None = None
+    reset_s: float | None = None
+
+
+class _Rate(_Line):
+    requests: _Window | None = None
+    tokens: _Window | None = None
+    input_tokens: _Window | None = None
+    output_tokens: _Window | None = None
+
+    def item(self) -> Item:
+        windows = (self.requests, self.tokens, self.input_tokens, self.output_tokens)
+        return RateInfo(*(RateWindow(w.limit, w.remaining, w.reset_s) if w else None for w in windows))
+
+
 class _Finished(_Line):
     reason: str
     request_id: str | None = None
@@ -156,6 +178,7 @@ class _Error(_Line):
 _ANSWERS: Final[dict[str, TypeAdapter[Any]]] = {
     "usage": TypeAdapter(_Usage),
     "restart": TypeAdapter(_Restart),
+    "rate": TypeAdapter(_Rate),
     "finished": TypeAdapter(_Finished),
     "error": TypeAdapter(_Error),
 }

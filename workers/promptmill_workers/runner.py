@@ -23,6 +23,9 @@ from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.head import record_ttl_ms
+from promptmill.store.tries import CLAIM_CHARS
+from promptmill.traffic import Traffic
+from promptmill.usage import Booker, add_late_try
 from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing
 from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
@@ -42,13 +45,14 @@ _STORE_BACKOFF_MAX_S: Final = 2.0
 class RunningJob:
     """A claim that this process holds, and the task that serves it."""
 
-    __slots__ = ("claim", "job_id", "log", "stop_reason", "task", "tries")
+    __slots__ = ("claim", "course", "job_id", "log", "stop_reason", "task", "tries")
 
     def __init__(self, job_id: str, claim: str, log: JobLog, tries: list[dict[str, Any]]) -> None:
         self.job_id = job_id
         self.claim = claim
         self.log = log
         self.tries = tries
+        self.course: Course | None = None
         self.task = asyncio.current_task()
         self.stop_reason: StopReason | None = None
 
@@ -76,12 +80,17 @@ class Runner:
         self.pauses = Pauses(self._tell_operators)
         self.registry = Registry.of(settings)
         """What answers; a new snapshot is put in its place when operators change it."""
+        self.renew: Callable[[], Awaitable[None]] | None = None
+        """Puts the newest snapshot there. Raises StoreUnavailable."""
+        self.traffic = Traffic(store, worker_id)
+        self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.running: dict[str, RunningJob] = {}
         writer.on_fenced = self._on_fenced
 
     async def aclose(self) -> None:
-        """Close the backends' connections."""
+        """Close the backends' connections, and book what is to be booked."""
         await self.backends.aclose()
+        await self.booker.aclose()
 
     def _tell_operators(self, event: dict[str, Any]) -> None:
         self._store.wire.tell([("PUBLISH", keys.OPERATORS, orjson.dumps(event))])
@@ -115,6 +124,7 @@ class Runner:
                 raise
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
+            await self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
             # `running` for as long as this worker lives.
@@ -162,14 +172,18 @@ class Runner:
             settings=self._settings,
             backends=self.backends,
             pauses=self.pauses,
+            traffic=self.traffic,
+            store=self._store,
+            claim=job.claim,
             writer=self._writer,
             hand_on=partial(self._hand_on, job),
             tries=list(claimed.tries),
             # Repetitions within a claim count too, so claims alone would use a number twice.
             number=max([int(claimed.record.st["attempts"]), *(t.get("attempt", 0) + 1 for t in claimed.tries)]),
         )
+        job.course = course
         try:
-            decision = decide(self.registry, course.request)
+            decision = await self._decide(course.request)
         except BadRequest as err:
             await self._fail(job, err, Progressing(), None, course)
             return
@@ -182,14 +196,30 @@ class Runner:
         else:
             await self._fail(job, ended.error, ended.into, ended.route, course)
 
+    async def _decide(self, request: JobRequest) -> Decision:
+        """What answers. Whoever submitted may know of a change that came here after the last heartbeat, so before a
+        job fails for what is not there, the registry is read anew. Raises BadRequest."""
+        before = self.registry
+        try:
+            return decide(before, request)
+        except BadRequest:
+            if self.renew is None:
+                raise
+            await self._patiently(self.renew)
+            if self.registry is before:
+                raise
+        return decide(self.registry, request)
+
     async def _hand_on(
         self,
         job: RunningJob,
         queue: str,
         reason: str,
         phase: str,
+        *,
         tries: list[dict[str, Any]] | None,
         chain: list[str],
+        wait_s: float | None = None,
     ) -> None:
         async def hand_on() -> list[str]:
             await self._writer.settle(job.log)
@@ -201,9 +231,12 @@ class Runner:
                 phase=phase,
                 tries=tries,
                 chain=chain,
+                wait_s=wait_s,
             )
 
         await self._patiently(hand_on)
+        if tries is not None:
+            self.booker.soon(job.job_id)
 
     def _outlive(self, job_id: str, request: JobRequest, decision: Decision) -> None:
         """The producer may not have known these models' timeouts: what is stored must outlive what runs."""
@@ -262,5 +295,21 @@ class Runner:
                 self._writer.suspect()
                 raise
 
-        if not await self._patiently(finish):
-            logger.info("job %s was ended or taken by somebody else", job.job_id)
+        if await self._patiently(finish):
+            self.booker.soon(job.job_id)
+            return
+        logger.info("job %s was ended or taken by somebody else", job.job_id)
+        await self._tell_late(job, tries)
+
+    async def _tell_late(self, job: RunningJob, tries: list[dict[str, Any]] | None = None) -> None:
+        """The claim is gone, and what its last attempt used must still be booked: it is what the provider bills."""
+        course = job.course
+        own = [try_ for try_ in tries or () if try_.get("claim") == job.claim[:CLAIM_CHARS]]
+        running = course.interrupted() if course else None
+        lost = own[-1:] or ([running] if running else [])
+        try:
+            for try_ in lost:
+                await add_late_try(self._store, job.job_id, try_)
+            self.booker.soon(job.job_id)
+        except StoreUnavailable as err:
+            logger.warning("what job %s used was not told: %s", job.job_id, err)

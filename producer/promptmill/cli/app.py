@@ -11,7 +11,7 @@ import typer
 
 from promptmill.errors import PromptmillError
 
-from . import demo, doctor, exits, job, output, parts, up
+from . import demo, doctor, exits, job, models, output, parts, up, usage
 from . import run as run_command
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command()(demo.demo)
 app.command()(up.up)
 app.command()(run_command.run)
 app.add_typer(job.app, name="job")
+app.add_typer(models.app, name="models")
+app.add_typer(usage.app, name="usage")
 app.command()(parts.worker)
 app.command()(parts.relay)
 app.command()(parts.gateway)

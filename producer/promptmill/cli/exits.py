@@ -3,8 +3,9 @@
 ====  ==================  ======================================================================================
 code  name                when
 ====  ==================  ======================================================================================
-0     OK                  done; for ``run`` and ``job stream``: the job succeeded
-1     FAILED              the job failed or expired; ``doctor``: something that is configured does not work
+0     OK                  done; for ``run``, ``models test`` and ``job stream``: the job succeeded
+1     FAILED              the job failed or expired; ``doctor``: something that is configured does not work;
+                          ``usage verify``: a sum is not that of its entries
 2     USAGE               the command line or the request is wrong, or refused
 3     NOT_FOUND           there is no such job
 4     CANCELLED           the job was cancelled

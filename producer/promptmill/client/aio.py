@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from datetime import timedelta
+from dataclasses import replace
+from datetime import date, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from promptmill import keys
 from promptmill.client.options import RequestOptions, build_request
 from promptmill.client.pages import JobPage, Readiness
+from promptmill.client.routes import Routes
 from promptmill.contract import (
     Event,
     Job,
@@ -21,20 +23,19 @@ from promptmill.contract import (
     JobState,
     Message,
     Restart,
-    Timeouts,
     Token,
     parse_event,
     parse_request,
 )
 from promptmill.errors import Closed, JobCancelled, JobFailed, NotFound, WaitTimeout
 from promptmill.heartbeat import ready_workers
-from promptmill.queues import API_FAMILY, queue_for
+from promptmill.queues import queue_for
 from promptmill.reading import Hub
-from promptmill.registry import Registry
-from promptmill.routing import decide
-from promptmill.settings import DEFAULT_TIMEOUTS, Settings, default_data_dir, load_settings
+from promptmill.settings import Settings, default_data_dir, load_settings
 from promptmill.store import Store, Submission
 from promptmill.up.datadir import find_running_up
+from promptmill.usage.budgets import check_budgets
+from promptmill.usage.report import UsageReport, read_usage
 
 if TYPE_CHECKING:
     from promptmill.enqueue import Enqueuer
@@ -90,18 +91,20 @@ class AsyncProducer:
 
     Without arguments the configuration is read as the command line reads it; where it names no store, that of the
     ``promptmill up`` that runs on this machine is used. Connections open at first use.
-    Where ``settings`` has no models (a web application without the workers' configuration), names of models are not
-    checked here, and a job that names an unknown one fails as ``unknown_model``.
+    Where ``settings`` has no models (a web application without the workers' configuration), only models that operators
+    added live are known here; other names are not checked, and a job that names an unknown one fails as
+    ``unknown_model``.
     """
 
     def __init__(
         self, settings: Settings | None = None, *, redis_url: str | None = None, store: Store | None = None
     ) -> None:
         self.settings = settings or _found_settings()
-        self.registry = Registry.of(self.settings)
-        """What answers, as far as it is known here; see :mod:`promptmill.registry`."""
         if redis_url is not None:
             self.settings = self.settings.model_copy(update={"redis_url": redis_url})
+        self._routes = Routes(self.settings)
+        self.live = self._routes.live
+        """What answers, as far as it is known here; see :mod:`promptmill.live`."""
         self._store = store
         self._owns_store = store is None
         self._enqueuer: Enqueuer | None = None
@@ -164,6 +167,8 @@ class AsyncProducer:
             ``bad_request``, ``unknown_model``, ``unknown_role`` or ``too_large``; nothing was stored.
         IdempotencyConflict
             The key was used by this user for another request.
+        Overloaded
+            ``budget_exceeded``: the user's budget of the day is used up.
         StoreUnavailable
             Whether the job exists is unknown; repeat with the same idempotency key.
         """
@@ -180,38 +185,19 @@ class AsyncProducer:
         idempotency key and repeat the whole call.
         """
         checked = [parse_request(r, self.settings.limits) for r in requests]
-        for request in checked:
-            self._check_route(request)
+        await self._routes.check(checked, self.store)
+        warnings = await check_budgets(await self.store(), self.settings, checked)
         jobs: list[AsyncJob] = []
         for start in range(0, len(checked), _SUBMIT_CHUNK):
-            jobs += await self._submit(checked[start : start + _SUBMIT_CHUNK])
+            jobs += await self._submit(checked[start : start + _SUBMIT_CHUNK], warnings)
         return jobs
 
-    def _knows(self, request: JobRequest) -> bool:
-        """Whether the configuration here can tell what answers; without models only ``echo`` is known."""
-        return bool(self.settings.models) or (request.role is None and request.model in {None, "echo"})
-
-    def _check_route(self, request: JobRequest) -> None:
-        if self._knows(request):
-            decide(self.registry, request)
-
-    async def _submit(self, requests: list[JobRequest]) -> list[AsyncJob]:
+    async def _submit(self, requests: list[JobRequest], warnings: Mapping[str, str]) -> list[AsyncJob]:
         store = await self.store()
-        submissions = [await self._submission(store, r) for r in requests]
+        submissions = [replace(await self._submission(store, r), note=warnings.get(r.user)) for r in requests]
         waiting = await store.submit(submissions)
         await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
         return [AsyncJob(self, s.job_id) for s in submissions]
-
-    def _timeouts(self, request: JobRequest) -> Timeouts:
-        """What bounds the job's life in the store: its model's own timeouts too, where the model is known here."""
-        if self._knows(request):
-            first = decide(self.registry, request).first
-            return self.settings.timeouts_for(first.config, request.timeouts)
-        return request.timeouts.over(self.settings.timeouts.over(DEFAULT_TIMEOUTS))
-
-    def _family(self, request: JobRequest) -> str:
-        """Whose queue it goes to. Where the model is not known here the API workers hand it to the right ones."""
-        return decide(self.registry, request).first.config.worker_family if self._knows(request) else API_FAMILY
 
     def _sender(self) -> Enqueuer:
         if self._enqueuer is None:
@@ -222,11 +208,11 @@ class AsyncProducer:
         return self._enqueuer
 
     async def _submission(self, store: Store, request: JobRequest) -> Submission:
-        timeouts = self._timeouts(request)
+        timeouts = self._routes.timeouts(request)
         submission = Submission(
             job_id=keys.new_job_id(),
             request=request,
-            queue=queue_for(request.priority, self._family(request)),
+            queue=queue_for(request.priority, self._routes.family(request)),
             timeouts=timeouts,
             max_attempts=self.settings.max_attempts,
             retention=timedelta(seconds=self.settings.retention_s),
@@ -345,6 +331,20 @@ class AsyncProducer:
         await store.cancel(keys.check_job_id(job_id), reason[:500], keys.new_token())
         return await store.get(job_id)
 
+    async def usage(
+        self,
+        from_day: date | str | None = None,
+        to_day: date | str | None = None,
+        by: str | Iterable[str] | None = None,
+        user: str | None = None,
+    ) -> UsageReport:
+        """What was used from one UTC day through another (today where neither is given), of one user or of all.
+
+        ``by`` groups it: any of ``user``, ``model``, ``backend``, ``role``, ``day``. Raises
+        :class:`~promptmill.errors.BadRequest`.
+        """
+        return await read_usage(await self.store(), from_day, to_day, by, user)
+
     async def ready(self) -> Readiness:
         """Whether a job submitted now can be claimed: Redis answers and a worker's heartbeat is fresh."""
         beats = await ready_workers(await self.store())
@@ -354,6 +354,10 @@ class AsyncProducer:
             len(beats),
             dict(Counter(b.family for b in beats)),
             sorted({model for b in beats for model in b.paused}),
+            {
+                f: sorted({b.level for b in beats if b.family == f and b.level})
+                for f in {b.family for b in beats if b.level}
+            },
         )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from concurrent.futures import CancelledError
+from datetime import date
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -15,6 +16,7 @@ from promptmill.client.pages import JobPage, Readiness
 from promptmill.contract import Event, Job, JobRequest, JobState, Restart, Token
 from promptmill.errors import Closed
 from promptmill.settings import Settings
+from promptmill.usage.report import UsageReport
 
 T = TypeVar("T")
 
@@ -165,6 +167,16 @@ class Producer:
     def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> Job:
         """See :meth:`AsyncProducer.cancel`."""
         return self._run(lambda: self._producer.cancel(job_id, reason))
+
+    def usage(
+        self,
+        from_day: date | str | None = None,
+        to_day: date | str | None = None,
+        by: str | Iterable[str] | None = None,
+        user: str | None = None,
+    ) -> UsageReport:
+        """See :meth:`AsyncProducer.usage`."""
+        return self._run(lambda: self._producer.usage(from_day, to_day, by, user))
 
     def ready(self) -> Readiness:
         """See :meth:`AsyncProducer.ready`."""

@@ -13,9 +13,11 @@ from promptmill.doctor.machine import check_machine
 from promptmill.doctor.models import check_models
 from promptmill.doctor.report import Check, Report
 from promptmill.doctor.stores import check_broker, check_store
-from promptmill.errors import ConfigError, PromptmillError
+from promptmill.errors import ConfigError, PromptmillError, StoreUnavailable
 from promptmill.extras import EXTRAS, missing_modules
+from promptmill.live import LiveRegistry
 from promptmill.settings import Settings, load_settings
+from promptmill.store import Store
 from promptmill.up.datadir import RunningUp, find_running_up
 from promptmill.up.embedded import find_store_program
 from promptmill.up.listen import check_exposure
@@ -41,12 +43,38 @@ async def examine(config: Path | None = None, data_dir: Path | None = None) -> R
     report.checks += _configured(settings, running)
     if settings.redis_url is None and running is not None:
         settings = settings.model_copy(update={"redis_url": running.redis_url})
+    live = await _look(settings)
+    # What the store adds is looked at like what the file says; this machine's programs are those of its file.
+    whole = settings.model_copy(update={"models": {n: m for n, m in live.registry.models.items() if _named(live, n)}})
+    here = settings.model_copy(
+        update={"models": {n: m for n, m in settings.models.items() if whole.models.get(n) == m}}
+    )
     found = await asyncio.gather(
-        check_store(settings), check_broker(settings), check_models(settings), check_machine(settings)
+        check_store(whole), check_broker(settings), check_models(whole, live), check_machine(here)
     )
     report.checks += [check for checks in found for check in checks]
     report.checks.sort(key=lambda check: _GROUPS.index(check.group))
     return report
+
+
+async def _look(settings: Settings) -> LiveRegistry:
+    """The registry with what operators changed; without a store, which is a finding of its own, the file's part."""
+    live = LiveRegistry(settings)
+    try:
+        store = await Store.connect(settings.store_url, max_connections=1)
+    except StoreUnavailable:
+        return live
+    try:
+        await live.refresh(store)
+    except StoreUnavailable:
+        return live
+    finally:
+        await store.aclose()
+    return live
+
+
+def _named(live: LiveRegistry, name: str) -> bool:
+    return live.origin(name) != "built in"
 
 
 def _installed() -> list[Check]:

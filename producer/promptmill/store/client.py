@@ -41,6 +41,8 @@ class Submission:
     timeouts: Timeouts
     max_attempts: int
     retention: timedelta
+    note: str | None = None
+    """Told to its readers with the ``queued`` event."""
 
     @property
     def life_ms(self) -> int:
@@ -62,6 +64,15 @@ class Claimed:
 
 
 ClaimRefusal = Literal["missing", "not_queued", "expired", "early"]
+
+
+def to_be_booked(job_id: str) -> list[Command]:
+    """Commands that say that a job has used something, or may. Each sets a new score: whoever looked before that and
+    books now does not take the entry off."""
+    return [
+        ("ZADD", keys.UNBOOKED, time.time_ns() // 1000, job_id),
+        ("PEXPIRE", keys.UNBOOKED, _ms(keys.INDEX_TTL)),
+    ]
 
 
 def _ms(time_to_live: timedelta) -> int:
@@ -164,7 +175,6 @@ class Store:
                 return await self._submit(jobs)
 
     async def _submit(self, jobs: Sequence[Submission]) -> list[bool]:
-        event = Progress(phase="queued").to_json()
         score = time.time_ns() // 1000
         commands: list[Command] = []
         trims: list[Command] = []
@@ -182,7 +192,7 @@ class Store:
                     keys.new_token(),
                     pack_head(job.request, job.queue),
                     job.request.to_json(),
-                    event,
+                    Progress(phase="queued", message=job.note).to_json(),
                     life,
                     keep,
                     int((job.timeouts.queue_s or 0) * 1000),
@@ -261,13 +271,18 @@ class Store:
         """
         with store_errors(self.address):
             held = keys.claims(worker)
-            join: list[Command] = [("SADD", held, job_id), ("PEXPIRE", held, _ms(keys.INDEX_TTL))]
+            join: list[Command] = [
+                ("SADD", held, job_id),
+                ("PEXPIRE", held, _ms(keys.INDEX_TTL)),
+                # Before anything can be used, so that nobody's death hides what was.
+                *to_be_booked(job_id),
+            ]
             reply = await self._run(scripts.CLAIM, job_id, (token, worker, event.to_json()), before=join)
         status = reply[0].decode()
         if status != "ok":
             return status
         head, request, st, tries = reply[2]
-        record = Record(job_id, [head, st, tries, None])
+        record = Record(job_id, [head, st, tries, None, None])
         self.wire.tell(
             [
                 ("ZREM", keys.OUTBOX, job_id),
@@ -325,13 +340,13 @@ class Store:
         phase: str = "requeued",
         tries: list[dict[str, Any]] | None = None,
         chain: list[str] | None = None,
-        not_before_ms: int | None = None,
+        wait_ms: int | None = None,
     ) -> str:
         """Give a running job back to the queue: because its worker died, or because its holder hands it back.
 
         A holder may name another ``queue``, which is then the job's from now on, and gives the ``reason`` and the
         ``phase`` that readers see. ``tries`` (all so far) says that attempts were made. ``chain`` are the models that
-        are left to be asked. ``not_before_ms`` is the store's time before which no claim succeeds.
+        are left to be asked. For ``wait_ms`` no claim succeeds; the time that the job may wait in the queue goes on.
 
         Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
         callers gets ``queued`` or ``failed``. Repeated with its token it answers as before.
@@ -357,6 +372,6 @@ class Store:
             queue,
             orjson.dumps(tries) if tries is not None else "",
             orjson.dumps(chain) if chain is not None else "",
-            "" if not_before_ms is None else not_before_ms,
+            "" if wait_ms is None else wait_ms,
         )
         return reply[0].decode()

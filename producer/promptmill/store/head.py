@@ -10,8 +10,9 @@ import orjson
 from promptmill.contract import Done, Job, JobRequest, JobState, Timeouts, Token
 from promptmill.contract.events import Cancelled, Error
 from promptmill.store.ids import EventId
+from promptmill.store.tries import Try, merge_tries
 
-FIELDS: Final = ("head", "st", "tries", "end")
+FIELDS: Final = ("head", "st", "tries", "late", "end")
 """What :func:`read_job` needs, in this order."""
 
 _RECORD_SLACK_MS: Final = 60_000
@@ -46,10 +47,10 @@ def at(ms: float | None) -> datetime | None:
 class Record:
     """A job's record, decoded once: ``head`` and ``st`` as dicts, the rest on demand."""
 
-    __slots__ = ("_end", "_tries", "head", "job_id", "st")
+    __slots__ = ("_end", "_late", "_tries", "head", "job_id", "st")
 
     def __init__(self, job_id: str, fields: list[bytes | None]) -> None:
-        head, st, self._tries, self._end = fields
+        head, st, self._tries, self._late, self._end = fields
         if head is None or st is None:
             raise ValueError("the record lacks its head or its state")
         self.job_id = job_id
@@ -86,6 +87,13 @@ class Record:
         """What was stored with the end; empty before."""
         return orjson.loads(self._end) if self._end else {}
 
+    @property
+    def tries(self) -> list[Try]:
+        """The attempts that ended, those that a worker told of late among them; each once."""
+        tries: list[Try] = orjson.loads(self._tries) if self._tries else []
+        late: list[Try] = orjson.loads(self._late) if self._late else []
+        return merge_tries(tries, late) if late else tries
+
     def seen_all(self, last: EventId) -> bool:
         """True where a reader that is at ``last`` lacks nothing but the end event."""
         before_end = self.st.get("last")
@@ -111,7 +119,7 @@ class Record:
                 "cost_usd": end.get("cost_usd"),
                 "finish_reason": end.get("finish_reason"),
                 "error": end.get("error"),
-                "attempts": orjson.loads(self._tries) if self._tries else [],
+                "attempts": self.tries,
                 "created_at": at(st["created"]),
                 "started_at": at(st.get("started")),
                 "finished_at": at(st.get("finished")),

@@ -200,7 +200,7 @@ return {'ok', st.epoch}
 
 # ARGV: mode ('dead' | 'handback'), expected (worker | claim token), event, restart event, max crashes, try,
 #       error event, error end, log_ttl_ms, token, queue ('' leaves it), tries ('' leaves them; given, this was an
-#       attempt), chain ('' leaves it), not before ms ('' at once)
+#       attempt), chain ('' leaves it), ms to wait ('' at once)
 _REQUEUE = """
 local st = load()
 if not st then return {'missing'} end
@@ -223,6 +223,8 @@ if ARGV[1] == 'dead' then
   local try = cjson.decode(ARGV[6])
   try.attempt = st.attempts
   try.epoch = lost_epoch
+  try.claim = string.sub(st.claim, 1, 8)
+  try.ended_ms = now
   try.text_bytes = lost_bytes
   table.insert(tries, try)
   redis.call('HSET', rec, 'tries', cjson.encode(tries))
@@ -238,9 +240,14 @@ end
 st.state = 'queued'
 if ARGV[11] ~= '' then st.queue = ARGV[11] end
 if ARGV[13] ~= '' then st.chain = cjson.decode(ARGV[13]) end
-st.not_before = tonumber(ARGV[14])
+st.not_before = nil
 st.queued = now
-st.deadline = now + st.wait
+if ARGV[14] == '' then
+  st.deadline = now + st.wait
+else
+  -- It only waits: its time in the queue goes on.
+  st.not_before = math.min(now + tonumber(ARGV[14]), st.deadline)
+end
 st.claim = nil
 st.worker = nil
 redis.call('HDEL', rec, 'claim')

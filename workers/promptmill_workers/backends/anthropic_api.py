@@ -30,6 +30,7 @@ from promptmill_workers.backends.anthropic_stream import MessagesDecoder
 from promptmill_workers.backends.base import Call, Item
 from promptmill_workers.backends.failures import status_error, transport_error
 from promptmill_workers.backends.options import Options, parse_options, secret_for_call, with_default_key
+from promptmill_workers.backends.rate_headers import rate_info
 
 DEFAULT_URL: Final = "https://api.anthropic.com"
 DEFAULT_KEY_ENV: Final = "ANTHROPIC_API_KEY"
@@ -76,7 +77,12 @@ class AnthropicApi:
     async def complete(self, call: Call) -> AsyncGenerator[Item, None]:
         """See :class:`~promptmill_workers.backends.base.Backend`."""
         secret = secret_for_call(self._name, self._config)
-        async with self._answer(call, secret) as response, aclosing(http.body_chunks(response)) as chunks:
+        async with self._answer(call, secret) as (response, refusal), aclosing(http.body_chunks(response)) as chunks:
+            rate = rate_info(response.headers)
+            if rate is not None:
+                yield rate
+            if refusal is not None:
+                raise refusal
             decoder = MessagesDecoder(request_id=response.headers.get("request-id"), secret=secret)
             async with aclosing(http.decoded(chunks, decoder, address=self._address, errors=_ERRORS)) as batches:
                 async for batch in batches:
@@ -91,8 +97,10 @@ class AnthropicApi:
         await self._lease.aclose()
 
     @asynccontextmanager
-    async def _answer(self, call: Call, secret: str | None) -> AsyncGenerator[httpx2.Response]:
-        """The answer with status 200, its body unread; anything else is raised. Closed on the way out."""
+    async def _answer(
+        self, call: Call, secret: str | None
+    ) -> AsyncGenerator[tuple[httpx2.Response, BackendError | None]]:
+        """The answer with status 200, its body unread, or one with another and its error. Closed on the way out."""
         # The annotation has its module imported with this one: the SDK would do so here, for a second, in the loop.
         messages: AsyncMessages = self._sdk(secret).messages
         sending = messages.with_streaming_response.create(
@@ -103,19 +111,16 @@ class AnthropicApi:
         try:
             response = await sending.__aenter__()
         except APIStatusError as err:
-            raise status_error(
-                err.status_code,
-                err.response.headers,
-                err.response.content,
-                request_id=err.request_id,
-                secret=secret,
-            ) from err
+            answer, refusal = err.response, _refusal(err, secret)
         except (APIConnectionError, *_ERRORS) as err:
             raise transport_error(err, address=self._address, answered=False) from err
-        try:
-            yield response.http_response
-        finally:
-            await response.close()
+        else:
+            try:
+                yield response.http_response, None
+            finally:
+                await response.close()
+            return
+        yield answer, refusal
 
     def _sdk(self, secret: str | None) -> AsyncAnthropic:
         if self._http is None:
@@ -165,6 +170,15 @@ class _Shared(AiohttpTransport):
 
     async def aclose(self) -> None:
         return
+
+
+def _refusal(err: APIStatusError, secret: str | None) -> BackendError:
+    response = err.response
+    refusal = status_error(
+        err.status_code, response.headers, response.content, request_id=err.request_id, secret=secret
+    )
+    refusal.__cause__ = err
+    return refusal
 
 
 def _output_format(form: ResponseFormat) -> dict[str, Any]:

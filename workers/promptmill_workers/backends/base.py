@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from promptmill.contract import JobRequest, Timeouts, Usage
+from promptmill.rates import RateInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,9 @@ class Finished:
     provider_request_id: str | None = None
 
 
-Item = TextDelta | UsageUpdate | StartedAnew | Finished
+Item = TextDelta | UsageUpdate | StartedAnew | RateInfo | Finished
+"""What a backend yields. :class:`~promptmill.rates.RateInfo`, where the provider tells its limits, comes first: before
+the first token, and before the error of a request that was refused."""
 
 
 class Backend(Protocol):

@@ -24,6 +24,7 @@ from promptmill_workers.backends.base import Call, Item
 from promptmill_workers.backends.failures import status_error, transport_error
 from promptmill_workers.backends.openai_stream import ChatDecoder
 from promptmill_workers.backends.options import Options, secret_for_call
+from promptmill_workers.backends.rate_headers import rate_info
 from promptmill_workers.backends.sse import SseTooLongError
 
 _ERROR_BYTES: Final = 256 * 1024
@@ -91,6 +92,11 @@ class ChatCompletions:
         self.check(call.request)
         secret = secret_for_call(self._name, self._config)
         async with self._answer(call, secret) as response, aclosing(http.body_chunks(response)) as chunks:
+            rate = rate_info(response.headers)
+            if rate is not None:
+                yield rate
+            if response.status_code != 200:
+                raise await self._refusal(response, secret)
             decoder = ChatDecoder(
                 request_id=_request_id(response), secret=secret, thinking_in_total=self._thinking_in_total
             )
@@ -113,7 +119,7 @@ class ChatCompletions:
 
     @asynccontextmanager
     async def _answer(self, call: Call, secret: str | None) -> AsyncGenerator[httpx.Response]:
-        """The answer with status 200, its body unread; anything else is raised. Closed on the way out."""
+        """The answer, whatever its status, its body unread. Closed on the way out."""
         headers = dict(_HEADERS)
         if secret:
             headers["authorization"] = f"Bearer {secret}"
@@ -131,8 +137,6 @@ class ChatCompletions:
         except http.TRANSPORT_ERRORS as err:
             raise transport_error(err, address=self._address, answered=False) from err
         try:
-            if response.status_code != 200:
-                raise await self._refusal(response, secret)
             yield response
         finally:
             await response.aclose()

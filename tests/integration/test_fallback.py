@@ -1,0 +1,151 @@
+"""A role's job succeeds on its backup, whatever way its primary fails; a chosen model's failure surfaces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from promptmill import AsyncProducer, JobFailed
+from promptmill.contract import Done, Event, Progress, Restart, Token
+from tests.support.simulator import Plan, Simulator
+from tests.support.worker import WorkerProcess, worker_process
+
+QUICK = "heartbeat_s = 0.2\ndead_after_s = 1.0\nmax_attempts = 2\n"
+ANSWER = "the backup says it all"
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[Simulator]:
+    async with Simulator() as simulator:
+        simulator.default = Plan(text=ANSWER)
+        yield simulator
+
+
+def config(sim: Simulator, **faults: str) -> str:
+    """A role for each fault, whose primary has it and whose backup answers."""
+    text = QUICK
+    for name, fault in {**faults, "good": "tokens=5"}.items():
+        model = f"sim:{fault}" if name != "good" else "plain"
+        text += f'[models.{name}]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "{model}"\n'
+        text += "timeouts = { first_token_s = 1.5, idle_s = 1.5, total_s = 20 }\n"
+    for name in faults:
+        text += f'[roles.{name}]\nprimary = "{name}"\nbackup_1 = "good"\n'
+    return text
+
+
+async def events_of(producer: AsyncProducer, job_id: str) -> list[Event]:
+    async with asyncio.timeout(40), aclosing(producer.events(job_id)) as events:
+        return [event async for event in events]
+
+
+def shown(events: list[Event]) -> str:
+    text = ""
+    for event in events:
+        if isinstance(event, Restart):
+            text = ""
+        elif isinstance(event, Token):
+            text += event.text
+    return text
+
+
+FAULTS = {
+    "busy": ("tokens=20,fault=529", "overloaded", False),
+    "limited": ("tokens=20,fault=429,retry_after=60", "rate_limited", False),
+    "silent": ("tokens=20,fault=hang", "timeout_first_token", False),
+    "stalls": ("tokens=20,fault=stall,after=3", "timeout_idle", True),
+    "cuts": ("tokens=20,fault=cut,after=10", "cut", True),
+    "garbles": ("tokens=20,fault=malformed,after=4", "malformed", True),
+    "refuses": ("tokens=20,fault=refusal", "refused", False),
+    "wordless": ("tokens=20,fault=empty", "empty", False),
+    "full": ("tokens=20,fault=context", "context_too_long", False),
+    "locked": ("tokens=20,fault=401", "auth", False),
+}
+
+
+async def test_a_roles_job_succeeds_on_its_backup_whatever_way_its_primary_fails(
+    write_config, sim: Simulator, tmp_path: Path
+) -> None:
+    path, settings = write_config(config(sim, **{name: row[0] for name, row in FAULTS.items()}))
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            jobs = {name: await producer.submit("hello", role=name) for name in FAULTS}
+            for name, (_, code, void) in FAULTS.items():
+                events = await events_of(producer, jobs[name].id)
+                end = events[-1]
+                assert isinstance(end, Done), f"{name}: {end}"
+                done = await jobs[name].get()
+                assert shown(events) == end.text == done.text == ANSWER, name
+                assert (done.model, done.backend, done.role) == ("good", "local_openai", name)
+                assert [a.outcome for a in done.attempts][-1] == "succeeded"
+                assert {a.outcome for a in done.attempts[:-1]} == {code}, name
+                assert {a.model for a in done.attempts[:-1]} == {name}
+                assert any(isinstance(e, Restart) for e in events) is void, name
+                fallback = next(e for e in events if isinstance(e, Progress) and e.phase == "fallback")
+                assert (fallback.model, fallback.backend) == ("good", "local_openai")
+                assert code in (fallback.message or "")
+                numbers = [a.attempt for a in done.attempts]
+                assert numbers == list(range(1, len(numbers) + 1)), name
+
+
+async def test_a_chosen_model_and_a_bad_request_do_not_fall_back(write_config, sim: Simulator) -> None:
+    path, settings = write_config(config(sim, busy="tokens=5,fault=529", wrong="tokens=5,fault=400"))
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            for asked, code in (
+                ({"model": "busy"}, "overloaded"),
+                ({"role": "busy", "slot": "primary"}, "overloaded"),
+                ({"role": "wrong"}, "bad_request"),
+            ):
+                job = await producer.submit("hello", **asked)
+                with pytest.raises(JobFailed) as failed:
+                    await job.result(30)
+                assert failed.value.code == code
+                assert {a.model for a in (await job.get()).attempts} == {asked.get("model") or asked["role"]}
+
+
+async def test_a_slot_that_is_not_configured_is_routed_automatically_and_says_so(write_config, sim: Simulator) -> None:
+    path, settings = write_config(config(sim, busy="tokens=5,fault=529"))
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            job = await producer.submit("hello", role="busy", slot="backup_7")
+            events = await events_of(producer, job.id)
+            assert isinstance(events[-1], Done)
+            note = next(e for e in events if isinstance(e, Progress) and e.phase == "routing")
+            assert "no slot backup_7" in (note.message or "")
+
+
+async def test_a_fallback_into_another_family_goes_on_with_its_workers(write_config, sim: Simulator) -> None:
+    text = config(sim, busy="tokens=5,fault=529") + (
+        f'[models.apart]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "plain"\nfamily = "apart"\n'
+        '[roles.across]\nprimary = "busy"\nbackup_1 = "apart"\n'
+    )
+    path, settings = write_config(text)
+
+    async def ready(worker: WorkerProcess) -> None:
+        await worker.ready(settings.store_url)
+
+    with worker_process(path) as here, worker_process(path, "apart", "apart") as there:
+        async with AsyncProducer(settings) as producer:
+            await ready(here)
+            await ready(there)
+            job = await producer.submit("hello", role="across")
+            events = await events_of(producer, job.id)
+            end = events[-1]
+            assert isinstance(end, Done), end
+            assert shown(events) == end.text == ANSWER
+            done = await job.get()
+            assert done.model == "apart"
+            # Once or twice: what an earlier test let the fleet learn of the model may hold.
+            *failed, last = [(a.attempt, a.model, a.outcome) for a in done.attempts]
+            assert failed in ([(1, "busy", "overloaded")], [(1, "busy", "overloaded"), (2, "busy", "overloaded")])
+            assert last == (len(failed) + 1, "apart", "succeeded")
+            phases = [e.phase for e in events if isinstance(e, Progress)]
+            assert phases.count("started") == 2
+            assert "requeued" in phases

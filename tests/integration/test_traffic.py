@@ -1,0 +1,586 @@
+"""Health and limits across workers: each worker here is a Traffic with connections of its own, on one real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from promptmill import keys
+from promptmill.rates import RateInfo, RateWindow
+from promptmill.routing import Route
+from promptmill.settings import ModelConfig, ModelLimits
+from promptmill.store import Store
+from promptmill.traffic import Admission, Rules, Traffic
+from tests.support.store import running_store
+
+QUICK = Rules(backoff_s=0.2, backoff_max_s=1.0, lease_s=0.6, renew_s=0.15, refresh_s=0.3, cut_every_s=0.2)
+Fleet = Callable[..., Awaitable[list[Traffic]]]
+
+
+def route(name: str | None = None, *, host: str | None = None, **limits: Any) -> Route:
+    """A model that no other test knows, at a host that no other test knows."""
+    config = ModelConfig(
+        type="local_openai",
+        model_name="m",
+        api_url=f"http://{host or keys.new_token().lower()}/v1",
+        limits=ModelLimits(**limits),
+    )
+    return Route(name or f"m{keys.new_token()}", config)
+
+
+async def end(traffic: Traffic, admission: Admission, code: str | None = None, **more: Any) -> None:
+    await traffic.report(admission, **{"code": code, "retry_after_s": None, "tokens": None, "rate": None, **more})
+
+
+async def call(traffic: Traffic, to: Route, code: str | None = None, user: str = "u", **more: Any) -> Admission:
+    admission = await traffic.admit(to, user, tokens=10)
+    if admission.granted:
+        await end(traffic, admission, code, **more)
+    return admission
+
+
+async def until(what: Callable[[], Awaitable[Any]], within_s: float, name: str) -> Any:
+    try:
+        async with asyncio.timeout(within_s):
+            while not (found := await what()):  # noqa: ASYNC110 - it is in Redis that something happens
+                await asyncio.sleep(0.002)
+            return found
+    except TimeoutError:
+        raise AssertionError(f"not within {within_s} s: {name}") from None
+
+
+async def refuses(traffic: Traffic, to: Route) -> bool:
+    return not (await traffic.admit(to, "u", tokens=1)).granted
+
+
+@pytest.fixture
+async def fleet(redis_url: str) -> AsyncGenerator[Fleet]:
+    """Starts workers; answers when all of them listen."""
+    async with contextlib.AsyncExitStack() as stack:
+        started = 0
+
+        async def start(count: int, *, run: bool = True, **options: Any) -> list[Traffic]:
+            nonlocal started
+            made: list[Traffic] = []
+            for _ in range(count):
+                store = await Store.connect(redis_url)
+                stack.push_async_callback(store.aclose)
+                traffic = Traffic(store, f"w{keys.new_token()}", **{"rules": QUICK, **options})
+                made.append(traffic)
+                if run:
+                    started += 1
+                    stack.push_async_callback(stop, asyncio.create_task(traffic.run()))
+
+            async def listening() -> bool:
+                return (await store.redis.pubsub_numsub(keys.TRAFFIC))[0][1] >= started
+
+            await until(listening, 5, "all workers listen")
+            return made
+
+        yield start
+
+
+async def stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+# -- health ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_healthy_model_without_limits_never_asks_redis(store: Store) -> None:
+    traffic = Traffic(store, "w")
+    await store.aclose()  # nothing could be asked
+    started = time.monotonic()
+    for _ in range(100):
+        assert (await call(traffic, route())).granted
+    assert time.monotonic() - started < 0.5
+
+
+async def test_a_cooldown_that_one_worker_learned_holds_for_all_within_a_tenth_of_a_second(fleet: Fleet) -> None:
+    first, second = await fleet(2)
+    delays: list[float] = []
+    for _ in range(3):  # the machine may be busy; the fleet may not
+        to = route()
+        assert (await call(first, to, "rate_limited", retry_after_s=30)).granted
+        started = time.monotonic()
+        refused = await first.admit(to, "u", tokens=1)
+        assert (refused.granted, refused.reason) == (False, "cooldown")
+        await until(partial(refuses, second, to), 2, "the other worker holds back too")
+        delays.append(time.monotonic() - started)
+    assert min(delays) < 0.1
+    refused = await second.admit(to, "u", tokens=1)
+    assert 25 < refused.wait_s < 33
+    assert (await second.admit(route(), "u", tokens=1)).granted, "another model is not concerned"
+    (cooldown,) = [c for c in await second.cooldowns() if c.name == to.name and c.state == "held"]
+    assert (cooldown.kind, cooldown.code, cooldown.reason) == ("model", "rate_limited", "cooldown")
+    assert 25 < cooldown.for_s <= 30
+
+
+async def test_a_provider_that_asks_for_a_day_is_asked_again_after_five_minutes(fleet: Fleet) -> None:
+    (traffic,) = await fleet(1)
+    to = route()
+    await call(traffic, to, "rate_limited", retry_after_s=86_400)
+    (cooldown,) = [c for c in await traffic.cooldowns() if c.name == to.name and c.state == "held"]
+    assert 298 < cooldown.for_s <= 300
+
+
+async def test_failures_in_a_row_open_the_breaker_for_all_and_successes_between_them_do_not(fleet: Fleet) -> None:
+    first, second = await fleet(2)
+    to, mixed = route(), route()
+    for i in range(5):
+        assert (await call((first, second)[i % 2], to, "overloaded")).granted, i
+        await call(first, mixed, "overloaded")
+        await call(first, mixed, "overloaded")
+        await call(first, mixed)
+        await call(first, mixed)
+    for traffic in (first, second):
+        refused = await traffic.admit(to, "u", tokens=1)
+        assert (refused.granted, refused.reason) == (False, "cooldown")
+    # Ten of the last twenty is the other way to open it.
+    assert not (await first.admit(mixed, "u", tokens=1)).granted
+    healthy = route()
+    for i in range(60):
+        admitted = await call(first, healthy, "overloaded" if i % 3 == 0 else None)
+        assert admitted.granted, i
+    await call(first, healthy, "cut")
+    await call(first, healthy, "cancelled")
+
+
+async def test_a_refusal_of_content_and_a_cut_say_nothing_against_a_model(fleet: Fleet) -> None:
+    (traffic,) = await fleet(1)
+    to = route()
+    for code in ("refused", "bad_request", "cut", "auth", "cancelled", "timeout_total") * 5:
+        assert (await call(traffic, to, code)).granted
+    assert [c for c in await traffic.cooldowns() if c.name == to.name] == []
+
+
+async def test_a_host_that_cannot_be_reached_is_known_to_all_its_models(fleet: Fleet) -> None:
+    first, second = await fleet(2)
+    host = f"{keys.new_token().lower()}:8000"
+    one, two, elsewhere = route(host=host), route(host=host), route()
+    for _ in range(5):
+        await call(first, one, "unreachable")
+
+    await until(partial(refuses, second, two), 1, "the other model of that host")
+    assert (await second.admit(elsewhere, "u", tokens=1)).granted
+    (cooldown,) = [c for c in await second.cooldowns() if c.name == host]
+    assert (cooldown.kind, cooldown.state, cooldown.code) == ("host", "open", "unreachable")
+
+
+async def opened(traffic: Traffic, to: Route, others: list[Traffic]) -> None:
+    for _ in range(5):
+        await call(traffic, to, "overloaded")
+
+    async def all_know() -> bool:
+        return not any([(await t.admit(to, "u", tokens=1, probe_ok=False)).granted for t in others])
+
+    await until(all_know, 1, "everybody knows that it is open")
+
+
+async def probe_of(fleet: list[Traffic], to: Route, count: int = 50) -> tuple[Traffic, Admission]:
+    """Asks with many at once until one is let through; exactly one is."""
+
+    async def asked() -> list[tuple[Traffic, Admission]]:
+        askers = [fleet[i % len(fleet)] for i in range(count)]
+        got = await asyncio.gather(*(t.admit(to, f"u{i}", tokens=1) for i, t in enumerate(askers)))
+        return [(t, a) for t, a in zip(askers, got, strict=True) if a.granted]
+
+    through = await until(asked, 3, "a probe is let through")
+    assert len(through) == 1
+    assert through[0][1].probe
+    return through[0]
+
+
+async def test_one_probe_of_fifty_is_let_through_and_its_success_closes_the_breaker_for_all(fleet: Fleet) -> None:
+    workers = await fleet(3)
+    to = route()
+    await opened(workers[0], to, workers)
+    traffic, probe = await probe_of(workers, to)
+    for other in workers:
+        refused = await other.admit(to, "u", tokens=1)
+        assert (refused.granted, refused.reason) == (False, "cooldown")
+        assert 0 < refused.wait_s < 1
+    await traffic.alive(probe)  # the first token; the call itself goes on
+
+    async def all_admit() -> bool:
+        return all([(await t.admit(to, "u", tokens=1)).granted for t in workers])
+
+    await until(all_admit, 1, "the breaker is closed for all")
+    await end(traffic, probe)
+    assert [c for c in await traffic.cooldowns() if c.name == to.name] == []
+
+
+async def test_a_probe_that_fails_doubles_the_wait(fleet: Fleet) -> None:
+    workers = await fleet(2)
+    to = route()
+    await opened(workers[0], to, workers)
+    for expected in (0.4, 0.8, 1.0):
+        traffic, probe = await probe_of(workers, to, 10)
+        await end(traffic, probe, "overloaded")
+        (cooldown,) = [c for c in await traffic.cooldowns() if c.name == to.name]
+        assert cooldown.state == "open"
+        assert expected * 0.7 < cooldown.for_s <= expected
+
+
+async def test_who_may_not_probe_waits_and_a_probe_that_says_nothing_leaves_it_to_the_next(fleet: Fleet) -> None:
+    workers = await fleet(2)
+    to = route()
+    await opened(workers[0], to, workers)
+    traffic, probe = await probe_of(workers, to, 10)
+    await end(traffic, probe, "cancelled")
+    assert not (await workers[0].admit(to, "u", tokens=1, probe_ok=False)).granted
+    await probe_of(workers, to, 10)
+
+
+async def test_the_probe_of_a_dead_worker_is_somebody_elses_in_the_end(fleet: Fleet) -> None:
+    workers = await fleet(2)
+    (dead,) = await fleet(1, run=False)
+    to = route()
+    await opened(workers[0], to, workers)
+    for _ in range(5):
+        await call(dead, to, "overloaded")
+    # A worker that renews keeps its probe for longer than a lease lasts.
+    holder, probe = await probe_of(workers, to, 4)
+    await asyncio.sleep(QUICK.lease_s * 1.5)
+    assert not any([(await t.admit(to, "u", tokens=1)).granted for t in workers])
+    await end(holder, probe, "overloaded")
+
+    del probe  # who forgets an admission does not keep it
+    _, forgotten = await probe_of(workers, to, 4)
+    del forgotten
+    await probe_of(workers, to, 4)
+
+
+async def test_a_message_that_was_missed_is_made_up_for_by_reading_again(fleet: Fleet) -> None:
+    first, second = await fleet(2)
+    to = route()
+    await call(first, to, "rate_limited", retry_after_s=30)
+
+    await until(partial(refuses, second, to), 1, "it is known")
+    (late,) = await fleet(1)  # was not there when it was told
+
+    await until(partial(refuses, late, to), 1, "a worker that came later knows it too")
+
+
+async def test_what_no_worker_understands_is_not_the_end_of_listening(fleet: Fleet, store: Store) -> None:
+    first, second = await fleet(2)
+    for nonsense in (b"\xff", b"[]", b"{}", b'{"subject":"model:x","now":"1","health":{"hold":"soon"}}'):
+        await store.redis.publish(keys.TRAFFIC, nonsense)
+    to = route()
+    await call(first, to, "rate_limited", retry_after_s=30)
+
+    await until(partial(refuses, second, to), 1, "it still listens")
+
+
+# -- limits ---------------------------------------------------------------------------------------------------------
+
+
+async def jobs_of(
+    traffic: Traffic, to: Route, user: str, *, until_s: float, got: list[float], hold_s: float = 0, tokens: int = 1
+) -> None:
+    """One caller that makes calls until the time is over, waiting as it is told."""
+    while (now := time.monotonic()) < until_s:
+        admission = await traffic.admit(to, user, tokens=tokens)
+        if not admission.granted:
+            await asyncio.sleep(min(admission.wait_s, max(until_s - now, 0.001)))
+            continue
+        got.append(time.monotonic())
+        if hold_s:
+            await asyncio.sleep(hold_s)
+        await end(traffic, admission, tokens=tokens)
+
+
+def most_within(times: list[float], window_s: float) -> int:
+    """The largest number of events in any window."""
+    ordered = sorted(times)
+    most = first = 0
+    for last, at in enumerate(ordered):
+        while at - ordered[first] >= window_s:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
+
+
+@pytest.mark.parametrize(("callers", "what"), [(12, "requests"), (12, "tokens")])
+async def test_limits_are_held_within_5_percent_by_four_workers_at_once(fleet: Fleet, callers: int, what: str) -> None:
+    window_s, limit, each = 2.0, 200, 10
+    workers = await fleet(4, window_s=window_s)
+    limits = {"requests_per_minute": limit} if what == "requests" else {"tokens_per_minute": limit * each}
+    to = route(**limits)
+    got: list[float] = []
+    ends = time.monotonic() + 2.5 * window_s
+    await asyncio.gather(
+        *(jobs_of(workers[i % 4], to, f"u{i % 3}", until_s=ends, got=got, tokens=each) for i in range(callers))
+    )
+    assert most_within(got, window_s) <= limit * 1.05
+    assert len(got) >= limit * 2.5 * 0.85, "and what is allowed is used"
+
+
+@pytest.mark.timeout(100)
+async def test_a_real_minute_of_four_workers_holds_a_limit_within_5_percent(fleet: Fleet) -> None:
+    workers = await fleet(4)
+    to = route(requests_per_minute=240, tokens_per_minute=1_000_000)
+    got: list[float] = []
+    ends = time.monotonic() + 64
+    await asyncio.gather(*(jobs_of(workers[i % 4], to, f"u{i}", until_s=ends, got=got) for i in range(8)))
+    assert 240 * 0.95 <= most_within(got, 60.0) <= 240 * 1.05
+
+
+async def test_tokens_are_charged_as_they_were_used_and_not_as_they_were_guessed(fleet: Fleet) -> None:
+    (traffic,) = await fleet(1, window_s=10.0)
+    to = route(tokens_per_minute=1000)
+    guessed = await traffic.admit(to, "u", tokens=1000)
+    assert guessed.granted
+    refused = await traffic.admit(to, "u", tokens=1)
+    assert (refused.granted, refused.reason) == (False, "tokens")
+    assert refused.wait_s > 9
+    await end(traffic, guessed, tokens=20)
+    (fresh,) = await fleet(1, window_s=10.0)  # without the first one's memory of the refusal
+    assert (await fresh.admit(to, "other", tokens=1)).granted
+    # The other way round: what used more than was guessed is owed.
+    second = route(tokens_per_minute=1000)
+    cheap = await traffic.admit(second, "u", tokens=1)
+    await end(traffic, cheap, tokens=500)
+    owed = await traffic.admit(second, "u", tokens=1)
+    assert (owed.granted, owed.reason) == (False, "tokens")
+    assert 4 < owed.wait_s < 6
+
+
+async def test_no_more_calls_run_at_once_than_are_allowed_and_no_fewer(fleet: Fleet) -> None:
+    workers = await fleet(4)
+    to = route(concurrency=7)
+    running, most, done = 0, 0, 0
+
+    async def caller(traffic: Traffic, user: str, until_s: float) -> None:
+        nonlocal running, most, done
+        while time.monotonic() < until_s:
+            admission = await traffic.admit(to, user, tokens=1)
+            if not admission.granted:
+                assert admission.reason == "concurrency"
+                await asyncio.sleep(admission.wait_s)
+                continue
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0.2)
+            running -= 1
+            done += 1
+            await end(traffic, admission)
+
+    ends = time.monotonic() + 2
+    await asyncio.gather(*(caller(workers[i % 4], f"u{i % 2}", ends) for i in range(28)))
+    assert most == 7
+    assert done >= 7 * 2 / 0.2 * 0.5
+
+
+async def test_the_places_of_a_dead_worker_are_free_again_and_those_of_a_living_one_are_not(
+    fleet: Fleet, store: Store
+) -> None:
+    (dead,) = await fleet(1, run=False)
+    living, other = await fleet(2)
+    to = route(concurrency=2)
+    lost = await dead.admit(to, "u", tokens=1)
+    kept = await living.admit(to, "u", tokens=1)
+    assert lost.granted
+    assert kept.granted
+    assert not (await other.admit(to, "v", tokens=1)).granted
+
+    async def place() -> Admission | None:
+        admission = await other.admit(to, "v", tokens=1)
+        return admission if admission.granted else None
+
+    started = time.monotonic()
+    mine = await until(place, QUICK.lease_s * 2, "the dead worker's place")
+    assert time.monotonic() - started > QUICK.lease_s / 2
+    await asyncio.sleep(QUICK.lease_s * 1.5)  # longer than a lease: the living are renewed
+    assert not (await other.admit(to, "w", tokens=1)).granted
+    await end(living, kept)
+    await end(other, mine)
+    await end(dead, lost)  # it was dead to us only; nothing is given back twice
+    assert await store.redis.hgetall(keys.traffic(f"model:{to.name}", "held")) == {}
+    assert await store.redis.zcard(keys.traffic(f"model:{to.name}", "running")) == 0
+
+
+# -- fairness -------------------------------------------------------------------------------------------------------
+
+
+async def first_of_the_few(traffic: Traffic, to: Route, user: str) -> float:
+    started = time.monotonic()
+    while True:
+        admission = await traffic.admit(to, user, tokens=1)
+        if admission.granted:
+            await end(traffic, admission)
+            return time.monotonic() - started
+        await asyncio.sleep(admission.wait_s)
+
+
+@pytest.mark.parametrize("limits", [{"concurrency": 4}, {"requests_per_minute": 1200}])
+async def test_a_user_with_one_job_does_not_wait_behind_a_thousand_of_another(
+    fleet: Fleet, limits: dict[str, int]
+) -> None:
+    one, two = await fleet(2)
+    to = route(**limits)
+    got: list[float] = []
+    ends = time.monotonic() + 3
+    # Twenty calls a second for a thousand: alone in a queue, the other user would wait for most of a minute.
+    many = [jobs_of(one, to, "many", until_s=ends, got=got, hold_s=0.2) for _ in range(1000)]
+    crowd = asyncio.gather(*many)
+    await asyncio.sleep(0.7)
+    waits = [await first_of_the_few(two, to, "few") for _ in range(3)]
+    waits.append(await first_of_the_few(one, to, "few"))
+    assert median(waits) < 0.5
+    assert max(waits) < 2
+    await crowd
+    assert len(got) > 30, "the many are served all the while"
+
+
+async def test_users_who_all_want_everything_get_the_same(fleet: Fleet) -> None:
+    workers = await fleet(3, window_s=2.0)
+    to = route(requests_per_minute=150)
+    got: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    ends = time.monotonic() + 3
+    # Not equal in numbers, nor in where they are.
+    crowd = ["a"] * 60 + ["b"] * 10 + ["c"] * 3
+    callers = [jobs_of(workers[i % 3], to, u, until_s=ends, got=got[u]) for i, u in enumerate(crowd)]
+    await asyncio.gather(*callers)
+    counts = Counter({user: len(times) for user, times in got.items()})
+    assert min(counts.values()) > 0.65 * max(counts.values()), counts
+    assert sum(counts.values()) > 150 * 1.5 * 0.7
+
+
+# -- learned --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_429_halves_what_runs_at_once_in_the_whole_fleet_and_successes_raise_it(fleet: Fleet) -> None:
+    workers = await fleet(2)
+    to = route()
+    running = [(t, await t.admit(to, "u", tokens=1)) for t in workers for _ in range(10)]
+    assert all(a.granted for _, a in running)
+    await end(*running.pop(), "rate_limited")
+
+    async def learned(cap: int) -> bool:
+        return cap in [c.concurrency for c in await workers[0].cooldowns() if c.name == to.name]
+
+    # Half of the twenty of both workers, though only one of them met the refusal.
+    await until(lambda: learned(10), 1, "half of what runs in both")
+    assert not any([(await t.admit(to, "u", tokens=1)).granted for t in workers])
+    await asyncio.sleep(QUICK.cut_every_s)
+    for _ in range(3):
+        await end(*running.pop(), "rate_limited")
+    await until(lambda: learned(5), 1, "a burst of refusals counts once more")
+    await asyncio.sleep(QUICK.cut_every_s)
+    while running:
+        await end(*running.pop())
+    for _ in range(12):
+        held = [await workers[0].admit(to, f"u{i}", tokens=1) for i in range(3)]
+        assert all(a.granted for a in held)
+        for admission in held:
+            await end(workers[0], admission)
+    assert await learned(5) is False
+    caps = [c.concurrency for c in await workers[0].cooldowns() if c.concurrency and c.name == to.name]
+    assert caps[0] in range(6, 10)
+
+
+async def test_when_the_provider_says_that_nothing_is_left_all_wait_until_there_is(fleet: Fleet) -> None:
+    first, second = await fleet(2)
+    to = route()
+    await call(first, to, rate=RateInfo(RateWindow(50, 7, 60.0), RateWindow(1000, 0, 0.4)))
+
+    await until(partial(refuses, second, to), 1, "the other worker waits too")
+    refused = await first.admit(to, "u", tokens=1)
+    assert (refused.granted, refused.reason) == (False, "tokens")
+    assert 0 < refused.wait_s < 0.6
+
+    async def admitted() -> bool:
+        return (await second.admit(to, "u", tokens=1)).granted
+
+    await until(admitted, 1, "until there is something left")
+
+
+async def test_a_limit_that_is_not_reached_lets_everything_pass_and_a_second_report_changes_nothing(
+    fleet: Fleet, store: Store
+) -> None:
+    (traffic,) = await fleet(1)
+    to = route(concurrency=2)
+    admission = await traffic.admit(to, "u", tokens=1)
+    for _ in range(3):
+        await end(traffic, admission)
+    assert await store.redis.zcard(keys.traffic(f"model:{to.name}", "running")) == 0
+    for _ in range(20):
+        assert (await call(traffic, to)).granted
+    refused = Admission(False, 1.0, "cooldown")
+    await end(traffic, refused, "overloaded")
+
+
+async def test_who_is_cancelled_while_asking_leaves_no_place_and_no_probe_behind(fleet: Fleet, store: Store) -> None:
+    (traffic,) = await fleet(1)
+    limited, broken = route(concurrency=1), route()
+    # The server knows the scripts after a worker's first calls.
+    await call(traffic, route(concurrency=1))
+    await opened(traffic, broken, [traffic])
+    _, probe = await probe_of([traffic], broken, 4)
+    await end(traffic, probe, "cancelled")
+    await asyncio.sleep(0.6)  # past the moment in which nobody here asks for the probe
+    for to in (limited, broken):
+        asking = asyncio.create_task(traffic.admit(to, "u", tokens=1))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+
+    async def nothing_left() -> bool:
+        held = keys.traffic(f"model:{limited.name}", "running"), keys.traffic(f"model:{broken.name}", "probe")
+        return await store.redis.exists(*held) == 0
+
+    await until(nothing_left, QUICK.lease_s / 3, "both are free, before they could have run out")
+
+
+# -- without Redis --------------------------------------------------------------------------------------------------
+
+
+async def test_jobs_go_on_without_redis_and_are_counted_again_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_store(tmp_path, append_only=False) as server:
+        store = await Store.connect(server.url)
+        traffic = Traffic(store, "w", rules=QUICK)
+        task = asyncio.create_task(traffic.run())
+        to = route(concurrency=1)
+        before = await traffic.admit(to, "u", tokens=1)
+        assert before.granted
+        assert not (await traffic.admit(to, "u", tokens=1)).granted
+        server.kill()
+        started = time.monotonic()
+        async with asyncio.timeout(5):
+            going = [await call(traffic, to, user=f"u{i}") for i in range(50)]
+        assert all(a.granted for a in going)
+        assert time.monotonic() - started < 2
+        assert "are not shared for now" in caplog.text
+        server.start()
+
+        async def limited_again() -> bool:
+            admission = await traffic.admit(to, "late", tokens=1)
+            if admission.granted:
+                await end(traffic, admission)
+            return not admission.granted
+
+        # The call from before is renewed into the empty store, and fills the one place.
+        await until(limited_again, 8, "the limit holds again")
+        await end(traffic, before)
+
+        async def free_again() -> bool:
+            return (await traffic.admit(to, "late", tokens=1)).granted
+
+        await until(free_again, 2, "and its place is given back")
+        await stop(task)
+        await store.aclose()
