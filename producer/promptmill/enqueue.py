@@ -89,6 +89,10 @@ class Enqueuer:
             self._retry_at = now + CONNECT_S + ANSWER_S
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._send, messages, trying)
 
+    def send_from_thread(self, messages: Sequence[tuple[str, str]]) -> None:
+        """As :meth:`send`, for a thread while its event loop stands still; returns when it was tried."""
+        self._thread.submit(self._send, messages, False).result()
+
     def _send(self, messages: Sequence[tuple[str, str]], trying: bool) -> int:
         if self._retry_at is not None and not trying:
             return 0  # the broker went away while this one stood in line

@@ -39,7 +39,9 @@ FAMILIES: Final = {
     "local_openai": API_FAMILY,
 }
 """The built-in backends, and the family of workers that each belongs to. Others belong to the API family."""
-PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini"})
+ISOLATED_FAMILY: Final = "isolated"
+"""Models with ``isolation = "process"``: a process a call must not stand beside thousands of streams."""
+PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini", ISOLATED_FAMILY})
 PROGRAM_CONCURRENCY: Final = 8
 _NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
 _SLOT: Final = re.compile(r"^(primary|backup_[1-9][0-9]?)$")
@@ -109,7 +111,7 @@ class ModelConfig(_Part):
     @property
     def worker_family(self) -> str:
         """The family of workers that runs it: its queue is theirs."""
-        return self.family or FAMILIES.get(self.type, API_FAMILY)
+        return self.family or (ISOLATED_FAMILY if self.isolation == "process" else FAMILIES.get(self.type, API_FAMILY))
 
     def secret(self) -> str | None:
         """The key, read now; None where none is configured. Never print, log or store it.

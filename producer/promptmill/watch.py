@@ -112,12 +112,9 @@ class Watcher:
         """
         queued: list[tuple[str, str]] = []
         for job_id in job_ids:
-            wait: list[Command] = [
-                ("ZADD", keys.OUTBOX, "NX", 0, job_id),
-                ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds())),
-            ]
+            renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
             with store_errors(self._store.address):
-                await self._store.ask(wait)
+                await self._store.ask([("ZADD", keys.OUTBOX, "NX", 0, job_id), renew])
             outcome = await self._store.requeue(
                 job_id,
                 dead_worker=dead_worker,
@@ -126,8 +123,8 @@ class Watcher:
                 queue=queue,
                 reason=reason,
             )
-            # Again: a sweep that looked in between saw a running job.
-            self._store.wire.tell(wait if outcome == "queued" else [])
+            # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
+            self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
             logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
             if outcome == "queued":
                 record = await self._store.find(job_id)

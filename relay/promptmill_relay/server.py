@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -25,7 +24,7 @@ import uvicorn
 import uvloop
 
 from promptmill.settings import Settings, listen_fd
-from promptmill.tuning import tune_interpreter
+from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
 from promptmill_relay.protocol import BoundedHttpProtocol
@@ -64,7 +63,7 @@ def run(name: str, settings: Settings, open_service: OpenService) -> None:
     PromptmillError
         ``port_in_use``, or what ``open_service`` raises.
     """
-    _raise_file_limit()
+    raise_file_limit()
     sock = listening_socket(settings)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -183,10 +182,3 @@ def _url(sock: socket.socket) -> str:
         return f"unix:{name}"
     host = f"[{name[0]}]" if ":" in name[0] else name[0]
     return f"http://{host}:{name[1]}"
-
-
-def _raise_file_limit() -> None:
-    # The usual soft limit of 1024 descriptors is fewer than the readers of one busy page.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard not in {soft, resource.RLIM_INFINITY}:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.xdist_group("secrets"), pytest.mark.timeout(300)]
 
 SLOW = "sim:tokens=90,rate=15"
 """Long enough that the jobs of all families run at once and Flower can ask for them meanwhile."""
-FAMILIES = ("api", "claude", "gemini")
+FAMILIES = ("api", "claude", "gemini", "isolated")
 END_STATES = {"succeeded", "failed", "cancelled", "expired"}
 ENDED_S = 90.0
 FAKE_CLAUDE = """

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -76,6 +77,51 @@ def test_kill_9_leaves_no_process(start_up: StartUp) -> None:
 
 
 @pytest.mark.skipif(not ON_LINUX, reason="without PR_SET_PDEATHSIG a store whose guard is killed too can stay")
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere what leaves its process group is not found")
+def test_kill_9_while_a_program_runs_leaves_nothing_of_the_program(start_up: StartUp, tmp_path: Path) -> None:
+    mark = f"mark-{time.monotonic_ns()}"
+    program = tmp_path / "claude"
+    # A child in a session of its own, forked twice, deaf to TERM: what a tool that an agent starts can look like.
+    program.write_text(
+        f"""#!{sys.executable} -IS
+import json, os, signal, sys, time
+MARK = {mark!r}
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.execv(sys.executable, [sys.executable, "-ISc", "import time; time.sleep(300)", MARK])
+    os._exit(0)
+delta = {{"type": "content_block_delta", "index": 0, "delta": {{"type": "text_delta", "text": "here"}}}}
+print(json.dumps({{"type": "stream_event", "event": delta}}), flush=True)
+time.sleep(300)
+"""
+    )
+    program.chmod(0o755)
+    options = f'credential = "api_key", program = "{program}"'
+    config = f'[models.c]\ntype = "claude_cli"\napi_key_env = "SOME_KEY"\noptions = {{ {options} }}\n'
+    up = start_up(config=config, SOME_KEY="k", TMPDIR=str(tmp_path))
+
+    def running() -> set[int]:
+        return {p.pid for p in psutil.process_iter(["cmdline"]) if {mark, str(program)} & set(p.info["cmdline"] or ())}
+
+    def holds(condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.02)
+
+    post(up, model="c", prompt="x")
+    holds(lambda: len(running()) >= 2, "the program and its child run")
+    up.look()
+    up.process.kill()
+    up.process.wait()
+    wait_gone(up.seen)
+    holds(lambda: not running(), "what the program started is gone")
+    jobs = tmp_path / f"promptmill-{os.getuid()}"
+    holds(lambda: not list(jobs.iterdir()), "its directories are gone")
+
+
 def test_kill_9_of_it_and_of_the_guard_leaves_no_process(start_up: StartUp) -> None:
     up = start_up()
     guard = psutil.Process(up.about["pids"]["redis"]).parent()

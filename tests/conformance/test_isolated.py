@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -30,6 +30,8 @@ async def isolated(**fields: Any) -> AsyncIterator[Backend]:
 
 class Apart(BackendConformance):
     """Whatever a test did: no process of ours is left behind it."""
+
+    answer_s: ClassVar[float] = 60.0
 
     @pytest.fixture(autouse=True)
     async def _nothing_left(self) -> AsyncIterator[None]:
@@ -67,7 +69,7 @@ class InOrder:
         self._sim = sim
 
     async def complete(self, call: Call) -> AsyncGenerator[Item, None]:
-        await self._sim.wait_requests(call.attempt - 1, timeout_s=9)
+        await self._sim.wait_requests(call.attempt - 1, timeout_s=50)
         async with aclosing(self._backend.complete(call)) as items:
             async for item in items:
                 yield item

@@ -43,6 +43,7 @@ class Provided:
 
 
 class OfProgram(BackendConformance):
+    answer_s: ClassVar[float] = 60.0
     kind: ClassVar[str]
     name: ClassVar[str]
     sim: ProgramSimulator

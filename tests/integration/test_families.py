@@ -154,6 +154,29 @@ async def test_a_worker_whose_event_loop_stands_still_is_ended_and_its_job_runs_
             assert "Timeout" in one.log.read_text()
 
 
+async def test_a_worker_whose_event_loop_stands_still_swallows_no_message(
+    write_config, tmp_path: Path, site: Path
+) -> None:
+    install_plugin(site, "swallower", BLOCKS_ONCE)
+    mark = tmp_path / "mark"
+    path, settings = write_config(
+        QUICK + f'[models.s]\ntype = "swallower"\noptions = {{ mark = "{mark}" }}\n[models.e]\ntype = "echo"\n'
+    )
+    env = {"PYTHONPATH": str(site)}
+    async with AsyncProducer(settings) as producer:
+        with worker_process(path, "one", env=env) as one:
+            await one.ready(settings.store_url)
+            await producer.submit("hello", model="s")
+            await wait_until(mark.exists, "the first worker blocks")
+            jobs = [await producer.submit(str(n), model="e") for n in range(20)]  # all of them come to it alone
+            await wait_until(lambda: "does not turn" in one.log.read_text(), "it gives messages back")
+            with worker_process(path, "two", env=env) as two:
+                await two.ready(settings.store_url)
+                # Well before the sweep would send them again, and before the first worker is ended.
+                assert [(await job.result(15)).text for job in jobs] == [str(n) for n in range(20)]
+            one.process.kill()
+
+
 async def test_an_expired_login_pauses_its_model_until_it_is_renewed_and_operators_hear_of_it(
     write_config, tmp_path: Path, site: Path
 ) -> None:

@@ -350,7 +350,7 @@ type = "echo"
 isolation = "process"
 """)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(unruly), os.environ.get("PYTHONPATH")])))
-    with worker_process(path) as worker:
+    with worker_process(path, family="isolated") as worker:
         async with AsyncProducer(settings) as producer:
             await worker.ready(settings.store_url)
             first = await producer.submit("hello", model="apart")
@@ -363,7 +363,7 @@ isolation = "process"
                     if event.type == "token":
                         break
             assert len(tree(worker.pid)) > len(alone)
-            other = await producer.submit("hello", model="echo")
+            other = await producer.submit("hello", model="apart")
             assert (await other.result(5)).text == "hello"
             with pytest.raises(JobFailed) as caught:
                 await job.result(10)

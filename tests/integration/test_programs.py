@@ -7,8 +7,11 @@ the docstring of ``promptmill_workers.programs.levels``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import signal
+import tempfile
 import time
 import tracemalloc
 import uuid
@@ -44,15 +47,9 @@ def processes_of(tag: str) -> list[psutil.Process]:
     return found
 
 
-def own_descendants() -> list[str]:
-    """Names of the processes below this one, zombies included, without the warden."""
-    names: list[str] = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            names.append(process.name())
-        except psutil.NoSuchProcess:
-            continue
-    return [name for name in names if name != "pm-warden"]
+def own_descendants() -> set[psutil.Process]:
+    """The processes below this one, zombies included."""
+    return set(psutil.Process().children(recursive=True))
 
 
 def descriptors() -> set[str]:
@@ -84,10 +81,10 @@ def tag() -> str:
 @pytest.fixture(autouse=True)
 async def nothing_is_left(tag: str) -> AsyncIterator[None]:
     await prepare()
-    before = descriptors()
+    before, ours = descriptors(), own_descendants()  # the warden's, and the run's store
     yield
     assert processes_of(tag) == []
-    assert own_descendants() == []
+    assert [process for process in own_descendants() - ours if process.name() != "pm-warden"] == []
     assert descriptors() - before == set()
 
 
@@ -315,6 +312,30 @@ async def test_a_program_that_cannot_be_started_is_crashed_and_says_why(level: s
         with pytest.raises(BackendError, match="Permission denied"):
             async with box.run(["/etc"], environment={}, level=level):
                 raise AssertionError("it runs")
+
+
+async def test_running_out_of_descriptors_leaks_none_and_leaves_no_directory(
+    level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def descriptors() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where no other test makes directories
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with open_sandbox("before") as box, box.run(["/bin/true"], environment={}, level=level) as program:
+        await said(program)  # the warden, and what the loop itself needs, are there
+    jobs = box.root.parent
+    open_before = descriptors()
+    for spare in range(1, 12):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_before + spare, hard))
+        try:
+            with contextlib.suppress(BackendError):
+                async with open_sandbox("short") as box, box.run(["/bin/true"], environment={}, level=level):
+                    pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert descriptors() <= open_before, f"with {spare} to spare"
+        assert not list(jobs.iterdir()), f"with {spare} to spare"
 
 
 async def test_a_sandbox_runs_programs_one_after_the_other(level: str) -> None:

@@ -96,3 +96,22 @@ async def test_a_running_jobs_outbox_entry_is_looked_at_again_and_an_ended_ones_
     await store.redis.delete(keys.SWEEP_LOCK)
     await watcher.sweep()
     assert await store.redis.zscore(keys.OUTBOX, job_id) is None
+
+
+async def test_a_requeued_job_is_due_at_once_even_where_a_sweep_put_it_off_meanwhile(
+    store, producer, watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = keys.new_token()
+    job_id = await held_by(store, producer, worker)
+    requeue = store.requeue
+
+    async def looked_at_in_between(*args: object, **options: object) -> str:
+        # What a sweep of another watcher does with a running job.
+        await store.redis.zadd(keys.OUTBOX, {job_id: 9e12})
+        return await requeue(*args, **options)
+
+    monkeypatch.setattr(store, "requeue", looked_at_in_between)
+    assert await watcher.release([job_id], dead_worker=worker) == [job_id]
+    await store.ask([("PING",)])  # behind what was told
+    assert await store.redis.zscore(keys.OUTBOX, job_id) == 0
+    await store.cancel(job_id, "over", "t")

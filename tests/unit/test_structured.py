@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from promptmill.contract import ResponseFormat
 from promptmill.errors import BackendError
 from promptmill_workers.backends import schema_check, structured
 from promptmill_workers.backends.structured import FIELD, check_answer, check_schema
+from tests.support.processes import wait_gone
 
 ANY_OBJECT = ResponseFormat(type="json_object")
 ORDER: dict[str, Any] = {
@@ -35,6 +37,11 @@ ORDER: dict[str, Any] = {
         }
     },
 }
+
+
+def checkers() -> list[psutil.Process]:
+    """The processes of ours that check; the run's store and warden are ours too."""
+    return [p for p in psutil.Process().children(recursive=True) if schema_check.__file__ in p.cmdline()]
 
 
 def form(schema: dict[str, Any]) -> ResponseFormat:
@@ -199,18 +206,18 @@ async def test_a_schema_made_to_hang_ends_soon_and_holds_up_nobody(
         turning.cancel()
     assert time.monotonic() - start < 30
     assert longest < 1.0
-    assert psutil.Process().children(recursive=True) == []
+    assert checkers() == []
 
 
 async def test_a_check_that_is_cancelled_leaves_no_process() -> None:
     task = asyncio.create_task(check_answer(json.dumps("a" * 60 + "b"), form({"pattern": "^(a+)+$"})))
     async with asyncio.timeout(10):
-        while not psutil.Process().children():  # noqa: ASYNC110 - a process has no event to wait for
+        while not checkers():  # noqa: ASYNC110 - a process has no event to wait for
             await asyncio.sleep(0.01)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert psutil.Process().children(recursive=True) == []
+    assert checkers() == []
 
 
 async def test_a_large_answer_is_checked_apart_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,3 +287,53 @@ async def test_a_schema_that_was_taken_never_fails_in_any_other_way(schema: dict
             seen.append(error)
     assert [error.code for error in seen] in ([], ["bad_request"], ["malformed"])
     assert not any("nested too deeply" in str(error) for error in seen)
+
+
+async def test_slow_checks_of_one_user_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "CHECK_S", 2.0)
+    slow, quick = form({"pattern": "^(a+)+$"}), form({"pattern": "^b$"})
+    hostile = json.dumps("a" * 60 + "b")
+    checks = [asyncio.create_task(check_answer(hostile, slow, "mallory")) for _ in range(6)]
+    try:
+        async with asyncio.timeout(10):
+            while not checkers():  # noqa: ASYNC110 - a process has no event to wait for
+                await asyncio.sleep(0.01)
+        await check_answer('"b"', quick, "alice")
+        assert not all(check.done() for check in checks)
+        assert sum(not check.done() for check in checks) >= 4
+    finally:
+        for check in checks:
+            check.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
+
+
+async def test_compiling_an_expression_holds_up_nobody_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "CHECK_S", 0.5)
+    said = await refused({"pattern": "(?i)" + "[\x01-\uffff]" * 2000})
+    assert "takes longer than 0.5 s" in said
+
+
+async def test_a_number_beyond_all_bounds_is_malformed() -> None:
+    assert "beyond all bounds" in await wrong("1" + "0" * 400, form({"multipleOf": 0.5}))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs PR_SET_PDEATHSIG")
+async def test_a_check_does_not_outlive_its_worker() -> None:
+    program = """
+import asyncio, json
+from promptmill.contract import ResponseFormat
+from promptmill_workers.backends.structured import check_answer
+asked = ResponseFormat(type="json_schema", json_schema={"pattern": "^(a+)+$"})
+asyncio.run(check_answer(json.dumps("a" * 60 + "b"), asked))
+"""
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    process = psutil.Process(worker.pid)
+    async with asyncio.timeout(20):
+        while not (children := process.children()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        # It is a checker only once it has read what to check; before, the end of its input ends it anyway.
+        while children[0].cpu_times().user < 0.5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    worker.kill()
+    await worker.wait()
+    wait_gone([children[0].pid], timeout_s=3)

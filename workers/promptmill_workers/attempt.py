@@ -55,31 +55,33 @@ async def stream(backend: Backend, call: Call, log: JobLog, writer: Writer, into
         The attempt failed: the backend's own error, one of the timeouts, ``cut``/``empty`` where a backend ended
         without its end or without text, or ``malformed`` where the answer has not the form that was asked for.
     """
-    if call.request.response_format is not None:
-        await check_schema(call.request.response_format)
     parts, mark = into.parts, writer.mark
-    async with Deadlines(call.timeouts) as deadlines, aclosing(backend.complete(call)) as items:
-        async for item in items:
-            if isinstance(item, TextDelta):
-                deadlines.touch()
-                parts.append(item.text)
-                log.add_text(item.text)
-                mark(log)
-                if log.full:
-                    deadlines.hold()
-                    await log.wait_for_room()
+    wanted = call.request.response_format
+    async with Deadlines(call.timeouts) as deadlines:
+        await check_schema(wanted, call.request.user)
+        async with aclosing(backend.complete(call)) as items:
+            async for item in items:
+                if isinstance(item, TextDelta):
                     deadlines.touch()
-            elif isinstance(item, UsageUpdate):
-                into.usage, into.cost_usd = item.usage, item.cost_usd
-            elif isinstance(item, StartedAnew):
-                parts.clear()
-                log.add_event(Restart(reason=item.reason, attempt=call.attempt).to_json())
-                mark(log)
-            else:
-                into.finished = item
-    if into.finished is None:
-        raise BackendError("the answer ended without its end", code="cut")
-    if not parts:
-        raise BackendError("the answer has no text", code="empty")
-    if call.request.response_format is not None:
-        await check_answer(into.text, call.request.response_format)
+                    parts.append(item.text)
+                    log.add_text(item.text)
+                    mark(log)
+                    if log.full:
+                        deadlines.hold()
+                        await log.wait_for_room()
+                        deadlines.touch()
+                elif isinstance(item, UsageUpdate):
+                    into.usage, into.cost_usd = item.usage, item.cost_usd
+                elif isinstance(item, StartedAnew):
+                    parts.clear()
+                    log.add_event(Restart(reason=item.reason, attempt=call.attempt).to_json())
+                    mark(log)
+                else:
+                    into.finished = item
+        if into.finished is None:
+            raise BackendError("the answer ended without its end", code="cut")
+        if not parts:
+            raise BackendError("the answer has no text", code="empty")
+        if wanted is not None:
+            deadlines.hold()  # no token is to come: only the whole attempt's bound counts
+            await check_answer(into.text, wanted, call.request.user)

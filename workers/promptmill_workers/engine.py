@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from concurrent.futures import CancelledError
 from typing import Any, Final, cast
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _VERIFY_EVERY_BEATS: Final = 5
 _STOP_TIMEOUT_S: Final = 10.0
+_TAKEN_S: Final = 2.0
+"""How long the event loop may take to begin with a job."""
 
 
 def new_worker_id(name: str) -> str:
@@ -88,6 +91,7 @@ class Engine:
         configure(settings.guard_level)
         if any(m.worker_family == family and _runs_programs(m) for m in settings.models.values()):
             engine.level = await prepare()
+            logger.info("programs are kept together by %s", engine.level)
         await engine._beat()
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),
@@ -105,13 +109,25 @@ class Engine:
     # -- jobs ---------------------------------------------------------------------------------------------------
 
     def serve(self, job_id: str, queue: str) -> None:
-        """Run a job to its end, from one of Celery's threads, which waits."""
+        """Run a job to its end, from one of Celery's threads, which waits.
+
+        Where the event loop does not take the job, because a backend holds it up, the message goes back to the queue:
+        other workers are there, and this one may be about to be ended with all that it swallowed.
+        """
+        begun = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begun), self._loop)
+        if not begun.wait(_TAKEN_S):
+            future.cancel()
+            logger.warning("the event loop does not turn: the message of job %s goes back", job_id)
+            self.enqueuer.send_from_thread([(job_id, queue)])
+            return
         try:
-            asyncio.run_coroutine_threadsafe(self._serve(job_id, queue), self._loop).result()
+            future.result()
         except CancelledError:
             logger.info("job %s was not begun here: the worker stops", job_id)
 
-    async def _serve(self, job_id: str, queue: str) -> None:
+    async def _serve(self, job_id: str, queue: str, begun: threading.Event) -> None:
+        begun.set()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker
         self._serving.add(task)

@@ -121,9 +121,11 @@ class Isolated:
         """What a crashed child said last, for who has to find out why. What others say is dropped."""
         if code != "crashed" or not program.stderr_tail:
             return
-        said = program.stderr_tail[-_TRACE_BYTES:].decode(errors="replace").strip()
-        for value in variables.values():
-            said = said.replace(value, "***")
+        said = program.stderr_tail.decode(errors="replace")
+        # Before it is cut: half a secret would not be recognised.
+        for value in (*variables.values(), self._config.secret() or ""):
+            said = said.replace(value, "***") if value else said
+        said = said[-_TRACE_BYTES:].strip()
         logger.error("the isolated backend of model %r said last:\n%s", self._name, said)
 
 

@@ -3,6 +3,9 @@
 A login is a person's to renew. Until then every call would start a program only to be refused, so the jobs of the model
 fail at once as ``auth_expired``. Operators learn of it three ways: an event on their channel, the worker's heartbeat
 (which ``promptmill doctor`` and the gateway's health show), and the jobs' own error.
+
+The login that counts is the one that a call began with: it may be renewed while the call is under way, and what is then
+refused is the old one.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from promptmill_workers.backends.base import Backend
 logger = logging.getLogger(__name__)
 
 PROBE_AFTER_S: Final = 300.0
-"""A login that no file shows is tried again after so long."""
+"""A login whose renewal no file shows is tried again after so long, by one job."""
 
 
 @runtime_checkable
@@ -34,11 +37,11 @@ class HasLogin(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pause:
     message: str
     fingerprint: str | None
-    since_s: float
+    tried_at_s: float
 
 
 class Pauses:
@@ -48,31 +51,49 @@ class Pauses:
         self._publish = publish
         self._paused: dict[str, _Pause] = {}
 
-    def check(self, route: Route, backend: Backend) -> None:
-        """Raise BackendError ``auth_expired`` while the model is paused; end the pause where its login was renewed."""
+    def check(self, route: Route, backend: Backend) -> str | None:
+        """Before a call: the fingerprint of the login that it begins with, for :meth:`expired`.
+
+        Raises
+        ------
+        BackendError
+            ``auth_expired``: the model is paused, its login was not renewed, and it is not this call's turn to try.
+        """
+        now = _fingerprint(backend)
         pause = self._paused.get(route.name)
         if pause is None:
-            return
-        now = _fingerprint(backend)
-        if now != pause.fingerprint or (now is None and time.monotonic() - pause.since_s > PROBE_AFTER_S):
-            del self._paused[route.name]
-            self._say(route, "renewed", "its login was renewed" if now else "its login is tried again")
-            return
-        raise BackendError(
-            f"model {route.name!r} is paused until its login is renewed: {pause.message}", code="auth_expired"
-        )
+            return now
+        if now != pause.fingerprint:
+            self._resume(route)
+            return now
+        if now is None and time.monotonic() - pause.tried_at_s > PROBE_AFTER_S:
+            pause.tried_at_s = time.monotonic()  # the others wait for what becomes of this one
+            return now
+        message = f"model {route.name!r} is paused until its login is renewed: {pause.message}"
+        raise BackendError(message, code="auth_expired")
 
-    def expired(self, route: Route, backend: Backend, error: BackendError) -> None:
+    def expired(self, route: Route, backend: Backend, began_with: str | None, error: BackendError) -> None:
         """A call ended as ``auth_expired``: pause the model and tell the operators, once."""
+        if _fingerprint(backend) != began_with:
+            return  # renewed meanwhile: what was refused is no longer the login
         known = route.name in self._paused
-        self._paused[route.name] = _Pause(error.message, _fingerprint(backend), time.monotonic())
+        self._paused[route.name] = _Pause(error.message, began_with, time.monotonic())
         if not known:
             self._say(route, "expired", error.message)
+
+    def answered(self, route: Route) -> None:
+        """A call succeeded: whatever was thought of the login, it works."""
+        if route.name in self._paused:
+            self._resume(route)
 
     @property
     def names(self) -> list[str]:
         """The models that are paused now."""
         return list(self._paused)
+
+    def _resume(self, route: Route) -> None:
+        del self._paused[route.name]
+        self._say(route, "renewed", "its login was renewed")
 
     def _say(self, route: Route, what: str, message: str) -> None:
         provider = route.config.type.partition("_")[0]

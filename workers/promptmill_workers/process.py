@@ -18,7 +18,7 @@ import uvloop
 
 from promptmill.lifeline import watch_lifeline
 from promptmill.settings import Settings
-from promptmill.tuning import tune_interpreter
+from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
 from promptmill_workers.watchdog import Watchdog
@@ -45,6 +45,7 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
     watch_lifeline()
     # At debug the SDK writes whole requests, prompts and all, and no level of ours may show a prompt.
     logging.getLogger("anthropic").setLevel(logging.INFO)
+    raise_file_limit()
     if settings.log_level != "debug":
         # Two lines a job would cost more than carrying its tokens.
         for noisy in ("celery.worker.strategy", "celery.app.trace"):

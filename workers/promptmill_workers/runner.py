@@ -187,14 +187,15 @@ class Runner:
         """One attempt; answers why it failed, or None."""
         try:
             backend = self.backends.get(route)
-            self.pauses.check(route, backend)
+            login = self.pauses.check(route, backend)
             timeouts = self._settings.timeouts_for(route.config, request.timeouts)
             try:
                 await stream(backend, Call(job.job_id, number, request, timeouts), job.log, self._writer, into)
             except BackendError as err:
                 if err.code == "auth_expired":
-                    self.pauses.expired(route, backend, err)
+                    self.pauses.expired(route, backend, login, err)
                 raise
+            self.pauses.answered(route)
         except BackendError as err:
             return err
         except Exception as err:
@@ -228,7 +229,7 @@ class Runner:
         self._store.wire.tell([("PEXPIRE", key, life, "GT") for key in stored])
 
     def _may_retry(self, error: BackendError, into: Progressing, number: int) -> bool:
-        return error.code in _RETRY_HERE and not into.parts and number < self._settings.max_attempts
+        return error.retryable and error.code in _RETRY_HERE and not into.parts and number < self._settings.max_attempts
 
     async def _retry_later(self, job: RunningJob, error: BackendError, number: int) -> None:
         # Full jitter, so that jobs that failed together do not come back together.

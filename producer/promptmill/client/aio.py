@@ -350,6 +350,10 @@ class AsyncProducer:
             len(beats),
             dict(Counter(b.family for b in beats)),
             sorted({model for b in beats for model in b.paused}),
+            {
+                f: sorted({b.level for b in beats if b.family == f and b.level})
+                for f in {b.family for b in beats if b.level}
+            },
         )
 
 

@@ -20,7 +20,7 @@ class Readiness:
     """Whether a job can be claimed right now; ``reason`` says why not; ``workers`` counts those that can claim.
 
     ``families`` counts them by family. ``paused`` are the models that some worker does not ask until their login is
-    renewed.
+    renewed. ``levels``: how the workers of a family keep programs together, for those that run any.
     """
 
     ok: bool
@@ -28,3 +28,4 @@ class Readiness:
     workers: int
     families: dict[str, int] = field(default_factory=dict[str, int])
     paused: list[str] = field(default_factory=list[str])
+    levels: dict[str, list[str]] = field(default_factory=dict[str, list[str]])

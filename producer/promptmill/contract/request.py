@@ -258,7 +258,7 @@ class JobRequest(_Strict):
             ("stop", len(self.stop or ()), limits.stop_sequences),
             (
                 "response_format",
-                len(self.response_format.model_dump_json()) if self.response_format else 0,
+                len(self.response_format.model_dump_json().encode()) if self.response_format else 0,
                 limits.response_format_bytes,
             ),
         ):

@@ -77,7 +77,9 @@ async def _workers(settings: Settings) -> list[Check]:
         count = ready.families.get(family, 0)
         title = f"workers {family}"
         if count:
-            checks.append(Check("reachable", title, "ok", f"{count} can claim jobs"))
+            levels = ready.levels.get(family)
+            held = f", programs kept together by {' and '.join(levels)}" if levels else ""
+            checks.append(Check("reachable", title, "ok", f"{count} can claim jobs{held}"))
         else:
             advice = f"start `promptmill up` or `promptmill worker --family {family}`"
             checks.append(Check("reachable", title, "fail", "none: jobs of its models wait", advice))

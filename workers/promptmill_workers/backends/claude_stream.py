@@ -179,8 +179,9 @@ class ClaudeDecoder(LineDecoder):
         self.reported(code, message if status is None else f"{message} (HTTP {status})", retry_after_s=wait_s)
 
     def _code(self, message: str, status: int | None) -> str:
-        refused_login = self._kind == "authentication_failed" or status == 401 or bool(_LOGIN.search(message))
-        if refused_login and (status != 403 or _LOGIN.search(message)):
+        # The words alone prove nothing beside another status: a refusal may quote what the user wrote.
+        worded = status in {None, 401, 403} and bool(_LOGIN.search(message))
+        if worded or (status != 403 and (self._kind == "authentication_failed" or status == 401)):
             return "auth_expired" if self._renewable else "auth"
         error = ProviderError(message, (_KINDS.get(self._kind or "", ""),), status)
         if status is not None and self._kind != "billing_error":

@@ -1,14 +1,16 @@
 """Whether a text is JSON of the form that a schema describes; the part that can be run in a process of its own.
 
 As a program (:mod:`~promptmill_workers.backends.structured` runs it) it reads one JSON object, ``path`` (its
-``sys.path``), ``schema`` (null: any object), ``text`` and ``limit_s``, and prints one, ``problem`` (null: none). The
-kernel ends it by SIGPROF once it has used ``limit_s`` of CPU, whatever runs then: a regular expression holds the
-interpreter's lock and hears of nothing else. It imports nothing of promptmill's: that would take longer than the check.
+``sys.path``), ``limit_s``, and either ``schema`` (null: any object) and ``text``, or ``expressions`` (a list of place
+and regular expression); it prints one, ``problem`` (null: none). The kernel ends it by SIGPROF once it has used
+``limit_s`` of CPU, whatever runs then: a regular expression holds the interpreter's lock and hears of nothing else. It
+imports nothing of promptmill's: that would take longer than the check.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -55,8 +57,20 @@ def problem(text: str, schema: dict[str, Any] | None, limit_s: float = float("in
         return _unfit(value, schema)
     except RecursionError:
         return "the answer cannot be checked: it or the schema's references are nested too deeply"
+    except ArithmeticError:
+        return "the answer cannot be checked: it holds a number beyond all bounds"
     finally:
         _deadline.reset(token)
+
+
+def uncompiled(expressions: list[tuple[str, str]]) -> tuple[str, str] | None:
+    """The first of ``(place, regular expression)`` that Python does not know, as ``(place, why)``."""
+    for path, expression in expressions:
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError) as err:
+            return path, str(err)
+    return None
 
 
 def _unfit(value: Any, schema: dict[str, Any]) -> str | None:
@@ -126,15 +140,30 @@ def _timed(check: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
     return checked
 
 
+def _die_with_parent() -> None:
+    """Linux: end with the worker, whatever ended it. Elsewhere the bound on CPU is what ends this."""
+    if sys.platform.startswith("linux"):
+        import ctypes  # noqa: PLC0415
+        import os  # noqa: PLC0415
+        import signal  # noqa: PLC0415
+
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent or parent == 1:
+            sys.exit(1)  # it died before the line above took effect
+
+
 def _main() -> None:
     import signal  # noqa: PLC0415 - only the program needs it
 
+    _die_with_parent()
     asked = json.loads(sys.stdin.buffer.read())
     # The default action, by the kernel: no Python has to run for it.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, asked["limit_s"])
     sys.path[:] = asked["path"]
-    sys.stdout.write(json.dumps({"problem": problem(asked["text"], asked["schema"])}))
+    found = uncompiled(asked["expressions"]) if "expressions" in asked else problem(asked["text"], asked["schema"])
+    sys.stdout.write(json.dumps({"problem": found}))
 
 
 if __name__ == "__main__":

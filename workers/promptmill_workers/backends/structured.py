@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 import signal
 import sys
 import weakref
@@ -40,10 +39,26 @@ _DRAFT: Final = "https://json-schema.org/draft/2020-12/schema"
 _DATA: Final = frozenset({"const", "enum", "default", "examples", "required", "dependentRequired"})
 _NAMED: Final = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
-_gates: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]] = weakref.WeakKeyDictionary()
+
+class _Gates:
+    """Who may check apart, in one event loop: so many at once, and each user one at a time."""
+
+    def __init__(self) -> None:
+        self.all = asyncio.Semaphore(AT_ONCE)
+        self._users: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    def of(self, user: str) -> asyncio.Semaphore:
+        """A user's own: many slow checks of one user keep that user waiting, and nobody else."""
+        gate = self._users.get(user)
+        if gate is None:
+            gate = self._users[user] = asyncio.Semaphore(1)
+        return gate
 
 
-async def check_schema(response_format: ResponseFormat | None) -> None:
+_gates: Final[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Gates]] = weakref.WeakKeyDictionary()
+
+
+async def check_schema(response_format: ResponseFormat | None, user: str = "default") -> None:
     """Whether the schema can be checked at all; await it before the provider is paid for an answer.
 
     Raises
@@ -54,22 +69,30 @@ async def check_schema(response_format: ResponseFormat | None) -> None:
     """
     if response_format is not None and response_format.json_schema is not None:
         # A thread: the library's import takes a fifth of a second, a schema of 64 KB about as much.
-        await asyncio.to_thread(_check_schema, dict(response_format.json_schema))
+        expressions = await asyncio.to_thread(_check_schema, dict(response_format.json_schema))
+        if expressions:
+            # Compiling some takes a second for each kilobyte, and nothing interrupts it within this process.
+            found = await _apart({"expressions": expressions}, user)
+            if found is not None:
+                raise _refused(found[0], f"not a regular expression that Python knows: {found[1]}")
 
 
-def _check_schema(schema: dict[str, Any]) -> None:
+def _check_schema(schema: dict[str, Any]) -> list[tuple[str, str]]:
+    """Raises BackendError; answers the regular expressions that are left to be looked at, with their places."""
     if str(schema.get("$schema", _DRAFT)).rstrip("#") != _DRAFT:
         raise _refused("/$schema", "only draft 2020-12 is supported")
     places = dict(_walk(schema, ""))
     if sum(map(_count, places.values())) > MAX_SCHEMAS:
         raise _refused("", f"it holds more than {MAX_SCHEMAS} schemas")
+    expressions: list[tuple[str, str]] = []
     for path, place in places.items():
-        _check_place(path, place, schema)
+        expressions += ((path, expression) for expression in _check_place(path, place, schema))
     _check_meta(schema)
     _check_loops(places)
+    return expressions
 
 
-async def check_answer(text: str, response_format: ResponseFormat | None) -> None:
+async def check_answer(text: str, response_format: ResponseFormat | None, user: str = "default") -> None:
     """Whether the whole answer has the form that was asked for; nothing is asked without a ``response_format``.
 
     Raises
@@ -83,19 +106,23 @@ async def check_answer(text: str, response_format: ResponseFormat | None) -> Non
     schema = response_format.json_schema
     found: str | None
     if len(text) > LARGE_CHARS or (schema and any(_SLOW & place.keys() for _, place in _walk(schema, ""))):
-        found = await _checked_apart(text, schema)
+        found = await _apart({"schema": schema, "text": text}, user)
     else:
         try:
             found = schema_check.problem(text, schema, QUICK_S)
         except schema_check.OutOfTimeError:
-            found = await _checked_apart(text, schema)
+            found = await _apart({"schema": schema, "text": text}, user)
     if found is not None:
         raise BackendError(found, code="malformed")
 
 
-async def _checked_apart(text: str, schema: dict[str, Any] | None) -> str | None:
-    asked = {"path": sys.path, "schema": schema, "text": text, "limit_s": CHECK_S}
-    async with _gates.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(AT_ONCE)):
+async def _apart(work: dict[str, Any], user: str) -> Any:
+    """Do ``work`` in a process of its own; answers what :mod:`.schema_check` says of it, None where all is well."""
+    asked = {"path": sys.path, "limit_s": CHECK_S, **work}
+    gates = _gates.get(asyncio.get_running_loop())
+    if gates is None:
+        gates = _gates[asyncio.get_running_loop()] = _Gates()
+    async with gates.of(user), gates.all:
         # No environment, which holds keys; -I and -S: nothing is imported but what is needed.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", schema_check.__file__),
@@ -112,7 +139,7 @@ async def _checked_apart(text: str, schema: dict[str, Any] | None) -> str | None
                 process.kill()
                 await process.wait()
     if process.returncode == -signal.SIGPROF:
-        raise _refused("", f"checking the answer against it takes longer than {CHECK_S:g} s")
+        raise _refused("", f"checking with it takes longer than {CHECK_S:g} s")
     if process.returncode:
         raise BackendError(f"the check of the answer ended with code {process.returncode}", code="crashed")
     return json.loads(out)["problem"]
@@ -159,7 +186,8 @@ def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _check_place(path: str, place: dict[str, Any], root: dict[str, Any]) -> None:
+def _check_place(path: str, place: dict[str, Any], root: dict[str, Any]) -> list[str]:
+    """Raises BackendError; answers the regular expressions of this place."""
     if place is not root and not {"$id", "$schema"}.isdisjoint(place):
         raise _refused(path, "$id and $schema belong to the top of the schema")
     for word in _UNSUPPORTED:
@@ -171,11 +199,7 @@ def _check_place(path: str, place: dict[str, Any], root: dict[str, Any]) -> None
     named: Any = place.get("patternProperties")
     if isinstance(named, dict):
         expressions += cast("dict[str, Any]", named)
-    for expression in expressions:
-        try:
-            re.compile(str(expression))
-        except (re.error, OverflowError, RecursionError) as err:
-            raise _refused(path, f"not a regular expression that Python knows: {err}") from None
+    return [str(expression) for expression in expressions]
 
 
 def _check_meta(schema: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ is. A request of one message is that message and nothing else.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -13,6 +14,7 @@ from promptmill.contract import ImagePart, JobRequest, Message
 
 BEGIN: Final = "<conversation>\n"
 END: Final = "</conversation>\n\n"
+_CLOSING: Final = re.compile(r"</(?=\s*conversation)", re.IGNORECASE)
 
 
 def transcript(request: JobRequest, *, user_name: str, agent_name: str) -> list[str | ImagePart]:
@@ -23,10 +25,15 @@ def transcript(request: JobRequest, *, user_name: str, agent_name: str) -> list[
         pieces.append(BEGIN)
         for message in earlier:
             pieces.append(f"{user_name if message.role == 'user' else agent_name}: ")
-            pieces += _content(message)
+            pieces += map(_without_end, _content(message))
             pieces.append("\n\n")
         pieces.append(END)
     return _merged([*pieces, *_content(last)])
+
+
+def _without_end(piece: str | ImagePart) -> str | ImagePart:
+    """An earlier turn that quotes the closing tag would end the block and speak as the last message."""
+    return _CLOSING.sub(r"<\\/", piece) if isinstance(piece, str) else piece
 
 
 def not_a_command(text: str) -> str:

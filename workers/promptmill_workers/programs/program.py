@@ -122,11 +122,20 @@ class Sandbox:
         self._lock_fd = lock_fd
 
     def write(self, path: str, data: bytes | str) -> Path:
-        """A file for the program under ``home``, readable for us alone. Answers its absolute path."""
+        """A file for the program under ``home``, readable for us alone. Answers its absolute path.
+
+        Raises
+        ------
+        BackendError
+            ``crashed``: there is no room for it.
+        """
         file = self.home / path
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-            out.write(data.encode() if isinstance(data, str) else data)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+                out.write(data.encode() if isinstance(data, str) else data)
+        except OSError as err:
+            raise _no_room(self.name, err) from err
         return file
 
     @asynccontextmanager
@@ -169,7 +178,10 @@ class Sandbox:
             memory_bytes=bounds.memory_bytes,
             open_files=bounds.open_files,
         )
-        running = Running(order, stdin, secrets or {}, hold_stdin=hold_stdin)
+        try:
+            running = Running(order, stdin, secrets or {}, hold_stdin=hold_stdin)
+        except OSError as err:
+            raise BackendError(f"{self.name} cannot be started: {err.strerror}", code="crashed") from err
         try:
             await running.start()
             yield Program(running, bounds, self.name)
@@ -183,19 +195,24 @@ async def open_sandbox(name: str) -> AsyncGenerator[Sandbox]:
 
     Raises
     ------
-    ConfigError
-        There is no place for them.
+    BackendError
+        ``crashed``: there is no place for them.
     """
-    root = environments.jobs_root()
     job = secrets.token_hex(JOB_LETTERS // 2)
     try:
+        root = environments.jobs_root()
         lock_fd = places.make(root, job)
+    except ConfigError as err:
+        raise BackendError(err.message, code="crashed") from err
     except OSError as err:
-        raise ConfigError(f"TMPDIR: cannot make a directory in {root}: {err.strerror}", field="TMPDIR") from err
+        raise _no_room(name, err) from err
     box = Sandbox(name, Path(root, job), lock_fd)
     try:
-        for part in (box.home, box.tmp, box.work):
-            part.mkdir(mode=0o700)
+        try:
+            for part in (box.home, box.tmp, box.work):
+                part.mkdir(mode=0o700)
+        except OSError as err:
+            raise _no_room(name, err) from err
         yield box
     finally:
         try:
@@ -204,7 +221,20 @@ async def open_sandbox(name: str) -> AsyncGenerator[Sandbox]:
             os.close(lock_fd)
 
 
+def _no_room(name: str, err: OSError) -> BackendError:
+    return BackendError(f"{name}: no place for a job's directories in TMPDIR: {err.strerror}", code="crashed")
+
+
 async def _remove(path: str) -> None:
-    # In a thread: a program can leave a million files.
-    if failed := await to_the_end(asyncio.to_thread(places.remove, path)):
+    if failed := await to_the_end(_removed(path)):
         logger.warning("not all of a job's directories could be removed: %s", failed)
+
+
+async def _removed(path: str) -> object:
+    """Remove, again a little later where that failed: a secret may lie there, and descriptors may have run out."""
+    for wait_s in (0.1, 0.5, 2.0):
+        # In a thread: a program can leave a million files.
+        if not await asyncio.to_thread(places.remove, path):
+            return None
+        await asyncio.sleep(wait_s)  # nobody tells when there are descriptors again
+    return await asyncio.to_thread(places.remove, path)

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -72,7 +73,10 @@ async def to_the_end(ending: Coroutine[Any, Any, T]) -> T:
 
 
 class Running:
-    """A guarded program. ``start``, then read ``output`` and wait for ``exited``, and ``close`` in any case."""
+    """A guarded program. ``start``, then read ``output`` and wait for ``exited``, and ``close`` in any case.
+
+    Making one opens its pipes: raises OSError where there are no descriptors left.
+    """
 
     def __init__(self, order: Order, stdin: bytes, given: Mapping[int, bytes], *, hold_stdin: bool = False) -> None:
         self.order = order
@@ -80,13 +84,20 @@ class Running:
         """The leader's, or that of its namespace's init; 0 before it runs."""
         self.status: int | None = None
         self.exited = asyncio.Event()
-        self.output = Output()
-        self.errors = Tail(STDERR_TAIL_BYTES)
         self._targets = sorted(given)
-        self._feeders = [Feeder(stdin, hold=hold_stdin), *(Feeder(given[fd]) for fd in self._targets)]
+        with ExitStack() as made:  # where descriptors run out, those that were had are given back
+            self.output = Output()
+            made.callback(self.output.close)
+            self.errors = Tail(STDERR_TAIL_BYTES)
+            made.callback(self.errors.close)
+            self._feeders: list[Feeder] = []
+            for data, hold in ((stdin, hold_stdin), *((given[fd], False) for fd in self._targets)):
+                self._feeders.append(Feeder(data, hold=hold))
+                made.callback(self._feeders[-1].close)
+            self._control, self._theirs = socket.socketpair()
+            made.pop_all()
         self._token = order.directory.rsplit("/", 1)[1] + secrets.token_hex((TOKEN_LETTERS - JOB_LETTERS) // 2)
         self._loop = asyncio.get_running_loop()
-        self._control, self._theirs = socket.socketpair()
         self._control.setblocking(False)
         self._heard = b""
         self._ordered = False
