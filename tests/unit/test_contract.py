@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import promptmill
-from promptmill import errors
-from promptmill import keys
+from promptmill import errors, keys
 from promptmill.contract import (
     Done,
     ImagePart,
