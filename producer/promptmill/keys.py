@@ -95,8 +95,13 @@ _ID_MAX_LENGTH: Final = 64
 
 
 def new_job_id() -> str:
-    """An unguessable id: 128 random bits in 22 URL-safe characters."""
-    return secrets.token_urlsafe(16)
+    """An unguessable id: 128 random bits, or hardly fewer, in 22 URL-safe characters, the first a letter or digit.
+
+    An id that begins with ``-`` would be taken for an option wherever it stands in a command.
+    """
+    while not (job_id := secrets.token_urlsafe(16))[0].isalnum():
+        continue
+    return job_id
 
 
 def new_token() -> str:

@@ -104,6 +104,7 @@ def test_an_interrupt_while_submitting_cancels_the_job_that_was_stored(tmp_path:
     assert "cancelled job " in err.decode()
     job_id = err.decode().strip().rpartition(" ")[2]
     shown = promptmill("job", "show", job_id, "--json", home=tmp_path)
+    assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["state"] == "cancelled"
 
 
@@ -178,7 +179,8 @@ def test_a_job_that_does_not_exist_is_exit_code_3(shared_up: Up, command: str) -
 def test_a_job_is_read_again_late_and_from_the_middle(shared_up: Up) -> None:
     events = lines(shared_up.run("run", "-m", "paced", "x", "--json").stdout)
     job_id = str(events[0]["job_id"])
-    assert shared_up.run("job", "stream", job_id).stdout == PACED + "\n"
+    again = shared_up.run("job", "stream", job_id)
+    assert (again.returncode, again.stdout) == (0, PACED + "\n"), again.stderr
     assert lines(shared_up.run("job", "stream", job_id, "--json").stdout) == events
     middle = events[len(events) // 2]
     rest = shared_up.run("job", "stream", job_id, "--json", "--after", str(middle["id"]))

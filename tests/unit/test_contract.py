@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import promptmill
-from promptmill import errors
+from promptmill import errors, keys
 from promptmill.contract import (
     Done,
     ImagePart,
@@ -247,3 +247,9 @@ def test_a_response_format_that_says_nothing_usable_is_refused(given: dict[str, 
     with pytest.raises(BadRequest) as caught:
         parse_request({"prompt": "x", "response_format": given})
     assert (caught.value.field or "").startswith("response_format")
+
+
+def test_a_job_id_can_stand_in_a_command() -> None:
+    for job_id in (keys.new_job_id() for _ in range(5_000)):
+        assert not job_id.startswith("-")
+        assert keys.check_job_id(job_id) == job_id
