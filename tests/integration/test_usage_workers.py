@@ -135,7 +135,11 @@ async def test_kills_and_cancellations_lose_and_double_no_attempt(write_config, 
                 await job.cancel()
 
         cancelling = asyncio.create_task(cancel_some())
-        await simulator.wait_requests(30, timeout_s=20)
+
+        async def well_under_way() -> bool:
+            return simulator.stats()["tokens_written"] >= 1500
+
+        await wait_until(well_under_way, "the answers are long", timeout_s=30)
         workers[0].signal(signal.SIGKILL)
         third = stack.enter_context(worker_process(path, "w2"))
         await third.ready(settings.store_url)

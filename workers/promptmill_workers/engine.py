@@ -24,6 +24,7 @@ from promptmill.settings import FAMILIES, PROGRAM_FAMILIES, ModelConfig, Setting
 from promptmill.store import Store
 from promptmill.store.connection import reason, store_errors
 from promptmill.store.link import Link
+from promptmill.usage import warm
 from promptmill.watch import Watcher
 from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
@@ -228,6 +229,8 @@ class Engine:
     async def _use_models(self) -> None:
         models = self.live.registry.models
         await self.runner.backends.use(models, self.family)
+        # Now, in a thread: the first job must not stop the event loop for a second to load the table.
+        await asyncio.to_thread(warm, [m for m in models.values() if m.worker_family == self.family])
         if self.level is None and any(m.worker_family == self.family and _runs_programs(m) for m in models.values()):
             self.level = await prepare()
             logger.info("programs are kept together by %s", self.level)
