@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from promptmill.contract import JobRequest, Progress, Restart
-from promptmill.errors import BackendError, PromptmillError, StoreUnavailable
+from promptmill.errors import BackendError, PromptmillError
 from promptmill.failures import classify
 from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
@@ -25,7 +25,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.tries import CLAIM_CHARS
 from promptmill.traffic import Admission, Traffic
-from promptmill.usage import keep_try, price, settled_usage, tell_asking
+from promptmill.usage import Booker, price, settled_usage, tell_asking
 from promptmill.usage.estimates import BYTES_PER_TOKEN
 from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
@@ -109,6 +109,7 @@ class Course:
     pauses: Pauses
     traffic: Traffic
     store: Store
+    booker: Booker
     writer: Writer
     hand_on: HandOn
     claim: str
@@ -156,7 +157,7 @@ class Course:
             if ended.error is None or not more or not classify(ended.error.code).fall_back:
                 return ended
             if self.tries:
-                await self._keep_last()
+                self._keep_last()
             self._fall_back(ended, routes[position + 1])
         raise AssertionError("a decision has at least one route")
 
@@ -198,7 +199,7 @@ class Course:
             self.tries.append(self.describe(self.number, route, started, into, error))
             if error is None or into.parts or tried >= limit or not (error.retryable and classify(error.code).retry):
                 return Ended(error, into, route)
-            await self._keep_last()
+            self._keep_last()
             wait_s = backoff_s(error, tried)
             if more and wait_s > _PATIENCE_S:
                 return Ended(error, into, route)
@@ -244,12 +245,9 @@ class Course:
             await self.traffic.report(admission, code=code, retry_after_s=wait_s, tokens=tokens, rate=into.rate)
         return error
 
-    async def _keep_last(self) -> None:
+    def _keep_last(self) -> None:
         """The claim goes on after an attempt that failed: what it used must survive this worker's death."""
-        try:
-            await keep_try(self.store, self.job_id, self.tries[-1])
-        except StoreUnavailable as err:
-            logger.info("an attempt of job %s is booked with its end: %s", self.job_id, err)
+        self.booker.keep(self.job_id, self.tries[-1])
 
     async def _attempt(self, route: Route, into: Progressing, admission: Admission) -> BackendError | None:
         """One attempt; answers why it failed, or None."""

@@ -25,7 +25,7 @@ from promptmill.store import Claimed, Store
 from promptmill.store.head import record_ttl_ms
 from promptmill.store.tries import CLAIM_CHARS
 from promptmill.traffic import Traffic
-from promptmill.usage import Booker, add_late_try
+from promptmill.usage import Booker
 from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing
 from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
@@ -124,7 +124,7 @@ class Runner:
                 raise
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
-            await self._tell_late(job)
+            self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
             # `running` for as long as this worker lives.
@@ -175,6 +175,7 @@ class Runner:
             traffic=self.traffic,
             store=self._store,
             claim=job.claim,
+            booker=self.booker,
             writer=self._writer,
             hand_on=partial(self._hand_on, job),
             tries=list(claimed.tries),
@@ -299,17 +300,17 @@ class Runner:
             self.booker.soon(job.job_id)
             return
         logger.info("job %s was ended or taken by somebody else", job.job_id)
-        await self._tell_late(job, tries)
+        self._tell_late(job)
 
-    async def _tell_late(self, job: RunningJob, tries: list[dict[str, Any]] | None = None) -> None:
-        """The claim is gone, and what its last attempt used must still be booked: it is what the provider bills."""
-        course = job.course
-        own = [try_ for try_ in tries or () if try_.get("claim") == job.claim[:CLAIM_CHARS]]
-        running = course.interrupted() if course else None
-        lost = own[-1:] or ([running] if running else [])
-        try:
-            for try_ in lost:
-                await add_late_try(self._store, job.job_id, try_)
-            self.booker.soon(job.job_id)
-        except StoreUnavailable as err:
-            logger.warning("what job %s used was not told: %s", job.job_id, err)
+    def _tell_late(self, job: RunningJob) -> None:
+        """The claim is gone, and what its attempts used must still be booked: it is what the provider bills."""
+        if job.course is None:
+            return
+        own = [try_ for try_ in job.course.tries if try_.get("claim") == job.claim[:CLAIM_CHARS]]
+        running = job.course.interrupted()
+        if running is not None:
+            own.append(running)
+        for try_ in own[:-1]:
+            self.booker.keep(job.job_id, try_)
+        for try_ in own[-1:]:
+            self.booker.lost(job.job_id, try_)
