@@ -202,11 +202,10 @@ class Watcher:
                 later[job_id] = _next_look(record, record.st["queued"] + _GRACE_MS)
             else:
                 waiting[record.queue].append(record)
-        sent = 0
-        for queue, lost in waiting.items():
-            sent += await self._resend(queue, lost, now_ms, later)
+        lost = [await self._lost(queue, records, now_ms, later) for queue, records in waiting.items()]
+        # Before anything is sent: a job that is claimed and put off again must keep the time that this sets.
         await self._reschedule(later, done)
-        return sent
+        return sum([await self._enqueuer.send(messages) for messages in lost if messages])
 
     async def _expire(self, job_id: str) -> None:
         try:
@@ -214,21 +213,24 @@ class Watcher:
         except NotFound:
             logger.debug("job %s was gone before it could expire", job_id)
 
-    async def _resend(self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]) -> int:
+    async def _lost(
+        self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]
+    ) -> list[tuple[str, str]]:
+        """The messages that are to be sent, again or for the first time; notes in ``later`` when to look again."""
         depth = await self._enqueuer.depth(queue)
         with store_errors(self._store.address):
             raw: Any = await self._store.redis.hget(keys.CLAIMED, queue)
         claimed_ms = int(raw or 0)
         # What was put off has had no message at all.
-        lost = [r for r in records if depth == 0 or claimed_ms > r.st["queued"] or "not_before" in r.st]
+        put_off = [r for r in records if "not_before" in r.st]
+        lost = [r for r in records if "not_before" not in r.st and (depth == 0 or claimed_ms > r.st["queued"])]
         for record in records:
             # Each look waits as long as the job has waited already: few messages however long the backlog.
             waited = now_ms - int(record.st["queued"])
             later[record.job_id] = _next_look(record, now_ms + min(max(waited, _GRACE_MS), _RESEND_MAX_MS))
-        if not lost:
-            return 0
-        logger.warning("sending the messages of %d jobs again on %s", len(lost), queue)
-        return await self._enqueuer.send([(r.job_id, queue) for r in lost])
+        if lost:
+            logger.warning("sending the messages of %d jobs again on %s", len(lost), queue)
+        return [(r.job_id, queue) for r in (*put_off, *lost)]
 
     async def _reschedule(self, later: dict[str, int], done: list[str]) -> None:
         with store_errors(self._store.address):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from promptmill import AsyncProducer, JobFailed
-from promptmill.contract import Done, Event, Progress, Restart, Token
+from promptmill.contract import Done, Error, Event, Progress, Restart, Token
 from tests.support.simulator import Plan, Simulator
 from tests.support.worker import WorkerProcess, worker_process
 
@@ -149,3 +149,74 @@ async def test_a_fallback_into_another_family_goes_on_with_its_workers(write_con
             phases = [e.phase for e in events if isinstance(e, Progress)]
             assert phases.count("started") == 2
             assert "requeued" in phases
+
+
+async def test_what_was_tried_before_a_wait_counts_and_its_error_surfaces(write_config, sim: Simulator) -> None:
+    # A wait of over a second is waited in the queue: the attempts of both claims are the model's attempts.
+    path, settings = write_config(config(sim, waits="tokens=5,fault=429,retry_after=2"))
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            job = await producer.submit("hello", model="waits")
+            events = await events_of(producer, job.id)
+            assert isinstance(events[-1], Error)
+            assert events[-1].code == "rate_limited"
+            done = await job.get()
+            assert [(a.attempt, a.outcome) for a in done.attempts] == [(1, "rate_limited"), (2, "rate_limited")]
+            assert any(isinstance(e, Progress) and e.phase == "waiting" for e in events)
+
+
+async def test_the_time_that_a_job_ran_is_not_time_in_the_queue(write_config, sim: Simulator) -> None:
+    text = config(sim, silent="tokens=5,fault=hang") + (
+        f'[models.paced]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "plain"\n'
+        "limits = { requests_per_minute = 30 }\n"
+        '[roles.late]\nprimary = "silent"\nbackup_1 = "paced"\n'
+    )
+    path, settings = write_config(text)
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            # The primary takes 1.5 s to fail; the backup has a place every 2 s: the third waits 4 s after that.
+            asked = {"role": "late", "timeouts": {"queue_s": 30, "first_token_s": 1.5}}
+            jobs = [await producer.submit("hello", **asked) for _ in range(3)]
+            for job in jobs:
+                assert (await job.result(40)).text == ANSWER
+
+
+async def test_a_users_own_short_patience_makes_no_model_sick(write_config, sim: Simulator) -> None:
+    text = config(sim) + (
+        f'[models.steady]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "sim:tokens=3,first=0.5"\n'
+    )
+    path, settings = write_config(text)
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            hasty = [
+                await producer.submit("x", model="steady", timeouts={"first_token_s": 0.01}, user="mallory")
+                for _ in range(12)
+            ]
+            for job in hasty:
+                with pytest.raises(JobFailed) as failed:
+                    await job.result(30)
+                assert failed.value.code == "timeout_first_token"
+            job = await producer.submit("x", model="steady", user="alice")
+            events = await events_of(producer, job.id)
+            assert isinstance(events[-1], Done)
+            assert not any(isinstance(e, Progress) and e.phase == "waiting" for e in events)
+
+
+async def test_a_backup_whose_family_has_no_worker_is_passed_over(write_config, sim: Simulator) -> None:
+    text = config(sim, broken="tokens=5,fault=401") + (
+        f'[models.nowhere]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "plain"\nfamily = "nowhere"\n'
+        '[roles.over]\nprimary = "broken"\nbackup_1 = "nowhere"\nbackup_2 = "good"\n'
+    )
+    path, settings = write_config(text)
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            done = await (await producer.submit("hello", role="over")).result(30)
+            assert (done.model, done.text) == ("good", ANSWER)
+            assert [(a.attempt, a.model, a.outcome) for a in done.attempts] == [
+                (1, "broken", "auth"),
+                (2, "good", "succeeded"),
+            ]

@@ -147,7 +147,7 @@ class Job:
             case ("EXISTS", _):
                 return int(self.log)
             case ("HMGET", *_):
-                return self.row() if self.record else [None] * 4
+                return self.row() if self.record else [None] * 5
         raise AssertionError(f"readers have no business with {command}")
 
     def behind(self, after: EventId) -> list[Frame]:
@@ -158,7 +158,7 @@ class Job:
         if self.ended:
             state |= {"finished": 1, "last": str(self.before_end)}
         end = orjson.dumps(self.end) if self.ended else None
-        return [orjson.dumps({"user": "u"}), orjson.dumps(state), None, end]
+        return [orjson.dumps({"user": "u"}), orjson.dumps(state), None, None, end]
 
 
 class Call:

@@ -101,6 +101,6 @@ def test_many_who_wait_are_spread_and_one_alone_is_not_kept_waiting() -> None:
     waits = [line.wait_s(0.0, 0.1 * S) for _ in range(400)]
     assert min(waits) >= 1.0
     assert max(waits) > 3.0
-    assert max(waits) < 6.1
+    assert max(waits) < 1.0 + 401 * 0.1 / 4 + SLOT_WAIT_S  # four times as dense as places come free
     assert line.waiting(0.5) == 401
-    assert line.waiting(7.0) == 0
+    assert line.waiting(12.0) == 0

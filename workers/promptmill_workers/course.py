@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, Protocol
 
-from promptmill.contract import JobRequest, Progress, Restart
+from promptmill.contract import JobRequest, Progress, Restart, Timeouts
 from promptmill.errors import BackendError, PromptmillError
-from promptmill.failures import classify
+from promptmill.failures import CLASSES, classify
 from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
 from promptmill.settings import Settings
@@ -43,9 +44,16 @@ _PATIENCE_S: Final = 5.0
 _TRIES_BEFORE_BACKUP: Final = 2
 _WAIT_HERE_S: Final = 1.0
 """A longer wait for a model's limits or health is waited in the queue: here it would hold a place that others need."""
+_WAITED_HERE_S: Final = 5.0
+"""Short waits add up to this; then the job makes room for those of other models."""
+_AWAY_S: Final = (2.0, 10.0)
+_CROWD: Final = 4
+"""Those who wait for one model take no more than this part of a worker's places."""
 _ANSWER_TOKENS: Final = 500
 """What an answer is taken to need before it is there, where the request sets no bound."""
 MESSAGE_MAX_CHARS: Final = 2_000
+_COUNTED: Final = CLASSES.keys() - {"crashed"}
+"""Outcomes that count towards a model's attempts: the loss of a worker is counted apart."""
 
 
 @dataclass(slots=True)
@@ -112,6 +120,10 @@ class Course:
     booker: Booker
     writer: Writer
     hand_on: HandOn
+    served: Callable[[str], Awaitable[bool]]
+    """Whether a family has a worker that can claim."""
+    waiting: Counter[str]
+    """How many jobs of this process wait for a model's limits, by model."""
     claim: str
     tries: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     number: int = 0
@@ -140,15 +152,21 @@ class Course:
         routes = left_of(decision, st.get("chain"))
         if decision.note and "chain" not in st:
             self._tell(Progress(phase="routing", message=decision.note))
-        asked = False
+        # What was handed on is run where it arrives: workers whose configurations differ must not pass it to and fro.
+        handed = bool(st.get("handed")) and routes[0].name in (st.get("chain") or ())
+        before = len(self.tries)
         for position, route in enumerate(routes):
-            if self._belongs_elsewhere(route, handed_on="chain" in st and not asked):
+            asked = len(self.tries) > before
+            more = decision.automatic and position + 1 < len(routes)
+            if route.config.worker_family != self.family and not (handed and position == 0):
+                if more and not await self.served(route.config.worker_family):
+                    message = f"no {route.config.worker_family} worker is there for {route.name}"
+                    self._tell(Progress(phase="fallback", message=message, model=routes[position + 1].name))
+                    continue
                 await self._hand_on(routes[position:], asked)
                 return HandedOn()
             if asked:
                 self.number += 1
-            asked = True
-            more = decision.automatic and position + 1 < len(routes)
             try:
                 ended = await self._ask(route, more=more)
             except _Deferred as wait:
@@ -156,14 +174,10 @@ class Course:
                 return HandedOn()
             if ended.error is None or not more or not classify(ended.error.code).fall_back:
                 return ended
-            if self.tries:
+            if len(self.tries) > before:
                 self._keep_last()
             self._fall_back(ended, routes[position + 1])
         raise AssertionError("a decision has at least one route")
-
-    def _belongs_elsewhere(self, route: Route, *, handed_on: bool) -> bool:
-        # What was handed on is run where it arrives: workers whose configurations differ must not pass it to and fro.
-        return route.config.worker_family != self.family and not handed_on
 
     async def _hand_on(self, routes: list[Route], asked: bool) -> None:
         """Give the rest of the chain to the workers of its first model's family."""
@@ -183,7 +197,13 @@ class Course:
     async def _ask(self, route: Route, *, more: bool) -> Ended:
         """Attempts of one model, until it answers or is not to be asked again."""
         limit = min(_TRIES_BEFORE_BACKUP, self.settings.max_attempts) if more else self.settings.max_attempts
-        tried = 0
+        # What was tried before the job was put off counts too.
+        earlier = [t for t in self.tries if t.get("model") == route.name and t.get("outcome") in _COUNTED]
+        tried = len(earlier)
+        if tried >= limit:
+            last = earlier[-1]
+            message = last.get("message") or "it failed before"
+            return Ended(BackendError(message, code=last["outcome"]), Progressing(), route)
         while True:
             admission = await self._admitted(route, more=more)
             if isinstance(admission, BackendError):
@@ -193,10 +213,10 @@ class Course:
             facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
             tell_asking(self.store, self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
             error = await self._reported(admission, route, into)
-            self.current = None
             self.told_bytes += len(into.text.encode())
             tried += 1
             self.tries.append(self.describe(self.number, route, started, into, error))
+            self.current = None
             if error is None or into.parts or tried >= limit or not (error.retryable and classify(error.code).retry):
                 return Ended(error, into, route)
             self._keep_last()
@@ -205,6 +225,8 @@ class Course:
                 return Ended(error, into, route)
             self.number += 1
             self._tell(Progress(phase="retrying", message=said(error), attempt=self.number, model=route.name))
+            if wait_s > _WAIT_HERE_S:
+                raise _Deferred(wait_s, f"{route.name}: {said(error)}")
             await asyncio.sleep(wait_s)
 
     async def _admitted(self, route: Route, *, more: bool) -> Admission | BackendError:
@@ -216,7 +238,7 @@ class Course:
             It is not to be asked for longer than is waited here.
         """
         asked = int(len(self.claimed.request) / BYTES_PER_TOKEN) + (self.request.max_tokens or _ANSWER_TOKENS)
-        told = False
+        told, waited_s = False, 0.0
         while True:
             admission = await self.traffic.admit(route, self.request.user, tokens=asked)
             if admission.granted:
@@ -224,13 +246,21 @@ class Course:
             if more and (admission.reason == "cooldown" or admission.wait_s > _PATIENCE_S):
                 message = f"model {route.name!r} is not to be asked now ({admission.reason})"
                 return BackendError(message, code="overloaded", retry_after_s=admission.wait_s)
-            if admission.wait_s > _WAIT_HERE_S:
-                raise _Deferred(admission.wait_s, f"{route.name} is not to be asked yet: {admission.reason}")
+            waited_s += admission.wait_s
+            crowd = self.waiting[route.name] >= max(1, self.settings.concurrency // _CROWD)
+            if admission.wait_s > _WAIT_HERE_S or waited_s > _WAITED_HERE_S or crowd:
+                away_s = random.uniform(*_AWAY_S)  # noqa: S311 - spreads callers, no secret
+                reason = f"{route.name} is not to be asked yet: {admission.reason}"
+                raise _Deferred(admission.wait_s if admission.wait_s > _WAIT_HERE_S else away_s, reason)
             if not told:
                 told = True
                 message = f"for {route.name}: {admission.reason}"
                 self._tell(Progress(phase="waiting", message=message, model=route.name))
-            await asyncio.sleep(admission.wait_s)
+            self.waiting[route.name] += 1
+            try:
+                await asyncio.sleep(admission.wait_s)
+            finally:
+                self.waiting[route.name] -= 1
 
     async def _reported(self, admission: Admission, route: Route, into: Progressing) -> BackendError | None:
         """One attempt, whose end is told to the fleet, whatever it is."""
@@ -239,11 +269,29 @@ class Course:
             error = await self._attempt(route, into, admission)
             code, wait_s = (error.code, error.retry_after_s) if error else (None, None)
         finally:
-            settle(self.request, into, route)
+            try:
+                settle(self.request, into, route)
+            except Exception:
+                # What it cost must not decide whether it counts as answered.
+                logger.exception("the usage of an attempt of job %s cannot be settled", self.job_id)
             usage = into.usage
-            tokens = usage.input_tokens + usage.output_tokens + usage.cache_write_tokens if usage else None
+            if usage is not None:
+                tokens = usage.input_tokens + usage.output_tokens + usage.cache_write_tokens
+            else:
+                tokens = None if code is None else 0  # a call that failed without a word used nothing
+            if self._impatient(route, code):
+                code = "cancelled"
             await self.traffic.report(admission, code=code, retry_after_s=wait_s, tokens=tokens, rate=into.rate)
         return error
+
+    def _impatient(self, route: Route, code: str | None) -> bool:
+        """A bound of the request's own, shorter than the model's, says nothing of the model's health."""
+        if code is None or not code.startswith("timeout_"):
+            return False
+        field = code.removeprefix("timeout_") + "_s"
+        own: float | None = getattr(self.request.timeouts, field)
+        usual: float | None = getattr(self.settings.timeouts_for(route.config, Timeouts()), field)
+        return own is not None and (usual is None or own < usual)
 
     def _keep_last(self) -> None:
         """The claim goes on after an attempt that failed: what it used must survive this worker's death."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeVar
@@ -18,6 +19,7 @@ import orjson
 from promptmill import keys
 from promptmill.contract import Done, Error, ErrorInfo, JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
+from promptmill.heartbeat import ready_workers
 from promptmill.registry import Registry
 from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
@@ -83,6 +85,7 @@ class Runner:
         self.renew: Callable[[], Awaitable[None]] | None = None
         """Puts the newest snapshot there. Raises StoreUnavailable."""
         self.traffic = Traffic(store, worker_id)
+        self._waiting: Counter[str] = Counter()
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.running: dict[str, RunningJob] = {}
         writer.on_fenced = self._on_fenced
@@ -130,7 +133,13 @@ class Runner:
             # `running` for as long as this worker lives.
             logger.exception("job %s cannot be run here", job_id)
             error = BackendError(f"the worker failed on this job: {type(err).__name__}", code="crashed")
-            await self._fail(job, error, Progressing(), None, None)
+            now = job.course.current if job.course else None
+            if job.course is not None and now is not None:
+                # What readers saw, and what it used, stands even so.
+                job.course.tries.append(job.course.describe(now.number, now.route, now.started, now.into, error))
+                job.course.current = None
+            into = now.into if now else Progressing()
+            await self._fail(job, error, into, now.route if now else None, job.course)
         finally:
             self._writer.close(log)
             if self.running.get(job_id) is job:
@@ -178,6 +187,8 @@ class Runner:
             booker=self.booker,
             writer=self._writer,
             hand_on=partial(self._hand_on, job),
+            served=self._served,
+            waiting=self._waiting,
             tries=list(claimed.tries),
             # Repetitions within a claim count too, so claims alone would use a number twice.
             number=max([int(claimed.record.st["attempts"]), *(t.get("attempt", 0) + 1 for t in claimed.tries)]),
@@ -210,6 +221,13 @@ class Runner:
             if self.registry is before:
                 raise
         return decide(self.registry, request)
+
+    async def _served(self, family: str) -> bool:
+        """Whether a worker of the family can claim; yes where the store does not say, as it then soon may."""
+        try:
+            return any(beat.family == family for beat in await ready_workers(self._store))
+        except StoreUnavailable:
+            return True
 
     async def _hand_on(
         self,

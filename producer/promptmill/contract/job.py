@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 JobState = Literal["queued", "running", "waiting", "succeeded", "failed", "cancelled", "expired"]
 """``queued -> running -> succeeded | failed | cancelled | expired``. ``waiting`` is reserved for a human's answer."""
 
+TOKENS_MAX: Final = 10**12
+"""No attempt uses so many; sums of more would leave the range of the store's integers."""
+
 END_STATES: Final[frozenset[str]] = frozenset({"succeeded", "failed", "cancelled", "expired"})
 
 
@@ -24,10 +27,10 @@ class Usage(_Stored):
     ``input_tokens`` never includes those read from or written to a cache, whichever way the provider reports them.
     """
 
-    input_tokens: int = Field(default=0, ge=0)
-    output_tokens: int = Field(default=0, ge=0)
-    cache_read_tokens: int = Field(default=0, ge=0)
-    cache_write_tokens: int = Field(default=0, ge=0)
+    input_tokens: int = Field(default=0, ge=0, le=TOKENS_MAX)
+    output_tokens: int = Field(default=0, ge=0, le=TOKENS_MAX)
+    cache_read_tokens: int = Field(default=0, ge=0, le=TOKENS_MAX)
+    cache_write_tokens: int = Field(default=0, ge=0, le=TOKENS_MAX)
     estimated: bool = False
 
 

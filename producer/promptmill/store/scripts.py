@@ -244,8 +244,11 @@ st.not_before = nil
 st.queued = now
 if ARGV[14] == '' then
   st.deadline = now + st.wait
+  st.handed = ARGV[13] ~= '' or nil
 else
-  -- It only waits: its time in the queue goes on.
+  -- It only waits: its time in the queue goes on, without the time that it ran. An epoch is about when it was claimed.
+  st.deadline = st.deadline + math.max(0, now - tonumber(lost_epoch))
+  st.handed = nil
   st.not_before = math.min(now + tonumber(ARGV[14]), st.deadline)
 end
 st.claim = nil

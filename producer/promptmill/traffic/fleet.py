@@ -72,7 +72,11 @@ class Fleet:
             found = await self._read(self.book.entries)
             if found is not None:
                 for subject, fields in found[1].items():
-                    self._tell(subject, fields, found[0])
+                    try:
+                        self._tell(subject, fields, found[0])
+                    except (ValueError, KeyError, TypeError):
+                        # Written by hand, or by a newer version: one model's trouble must not end the worker.
+                        logger.warning("the health of %s cannot be read: %r", subject, fields)
 
     async def _read(self, known: Iterable[str]) -> tuple[int, dict[str, dict[str, str]]] | None:
         """Redis's time in µs and the health of all that may be in trouble; None where Redis does not answer."""

@@ -12,6 +12,8 @@ from promptmill.traffic.rules import Reason
 SLOT_WAIT_S: Final = 0.1
 """How often somebody looks for a free place among calls at once."""
 _SPREAD_MAX_S: Final = 5.0
+_PACED_SPREAD_MAX_S: Final = 60.0
+"""Whose place in a paced line is known need not ask before it could be their turn."""
 _SLOT_SPREAD_S: Final = 0.005
 _BURST: Final = 0.04
 """The part of a minute's requests and tokens that may go at once: with it, any minute stays within 5 %."""
@@ -54,7 +56,8 @@ class Line:
         """For one more caller: until asking is of use, and then spread, four times as dense as places come free."""
         others = self.waiting(now)
         each = request_us / _US / 4 if self.reason == "requests" else _SLOT_SPREAD_S
-        spread = min(others * each, _SPREAD_MAX_S) + min(SLOT_WAIT_S, self.closed_until - now) / 5
+        most_s = _PACED_SPREAD_MAX_S if self.reason == "requests" else _SPREAD_MAX_S
+        spread = min(others * each, most_s) + min(SLOT_WAIT_S, self.closed_until - now) / 5
         wait_s = max(self.closed_until - now, 0.0) + random.uniform(0, max(spread, 0.005))  # noqa: S311 - no secret
         heapq.heappush(self._due, now + wait_s)
         return wait_s

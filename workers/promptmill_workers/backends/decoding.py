@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 
 import orjson
 
+from promptmill.contract.job import TOKENS_MAX
 from promptmill.errors import BackendError
 from promptmill.text import SurrogateJoiner
 from promptmill_workers.backends.base import Finished, Item, TextDelta
@@ -196,5 +197,5 @@ def joined(content: Any) -> str:
 
 
 def count(value: Any) -> int:
-    """A number of tokens; anything that is none counts as 0."""
-    return value if isinstance(value, int) and value > 0 else 0
+    """A number of tokens; anything that is none counts as 0, and one beyond all bounds as the bound."""
+    return min(value, TOKENS_MAX) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
