@@ -1,20 +1,15 @@
-"""Configuration: ``promptmill.toml`` and ``PROMPTMILL_*``, validated once at an entry point and passed down frozen.
-
-The environment wins over the file, arguments over both. No other module reads the environment.
-"""
+"""All of the configuration as one frozen object, and how it is read."""
 
 from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
 from contextvars import ContextVar
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -27,185 +22,28 @@ from promptmill.contract import Limits, Timeouts
 from promptmill.errors import ConfigError
 from promptmill.findings import findings
 from promptmill.queues import API_FAMILY
+from promptmill.settings.parts import (
+    DEFAULT_TIMEOUTS,
+    ECHO,
+    PROGRAM_CONCURRENCY,
+    PROGRAM_FAMILIES,
+    ApiKey,
+    Budget,
+    FamilyConfig,
+    FamilyName,
+    ModelConfig,
+    ModelName,
+    PositiveSeconds,
+    UserConfig,
+    read_secret,
+)
 from promptmill.slots import check_slots
 
 DEFAULT_FILE: Final = "promptmill.toml"
 DEFAULT_REDIS_URL: Final = "redis://127.0.0.1:6379/0"
-FAMILIES: Final = {
-    "anthropic_api": API_FAMILY,
-    "claude_cli": "claude",
-    "echo": API_FAMILY,
-    "gemini_api": API_FAMILY,
-    "gemini_cli": "gemini",
-    "local_openai": API_FAMILY,
-}
-"""The built-in backends, and the family of workers that each belongs to. Others belong to the API family."""
-ISOLATED_FAMILY: Final = "isolated"
-"""Models with ``isolation = "process"``: a process a call must not stand beside thousands of streams."""
-PROGRAM_FAMILIES: Final = frozenset({"claude", "gemini", ISOLATED_FAMILY})
-PROGRAM_CONCURRENCY: Final = 8
-_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}$"
-LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-
-ModelName = Annotated[str, Field(pattern=_NAME)]
-FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-DEFAULT_TIMEOUTS: Final = Timeouts(queue_s=3600, connect_s=10, first_token_s=120, idle_s=60, total_s=900)
-
 
 _file_values: ContextVar[dict[str, Any]] = ContextVar("_file_values", default={})  # noqa: B039 - never changed
 """What the file says while :func:`load_settings` builds the settings; the lowest of the sources."""
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelLimits(_Part):
-    """What all workers together may ask of one model. None: no limit but the provider's own."""
-
-    concurrency: Annotated[int, Field(gt=0, le=1_000_000)] | None = None
-    """Calls at once."""
-    requests_per_minute: Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)] | None = None
-    tokens_per_minute: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
-    """Of the prompt and of the answer together."""
-
-
-Dollars = Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)]
-
-
-class Price(_Part):
-    """What a model costs, in dollars per million tokens; cached tokens cost as much as ``input`` where not told."""
-
-    input: Dollars
-    output: Dollars
-    cache_read: Dollars | None = None
-    cache_write: Dollars | None = None
-
-
-class Budget(_Part):
-    """What a user may use in a UTC day. Past a soft limit jobs are taken with a warning, past a hard one refused."""
-
-    soft_usd: Dollars | None = None
-    hard_usd: Dollars | None = None
-    soft_tokens: Annotated[int, Field(ge=0)] | None = None
-    hard_tokens: Annotated[int, Field(ge=0)] | None = None
-
-
-class ModelConfig(_Part):
-    """One entry of the registry: which backend answers under this name, and how it is reached."""
-
-    type: str
-    model_name: str | None = None
-    api_url: str | None = None
-    api_key_env: str | None = None
-    api_key_file: Path | None = None
-    host_type: Literal["openai", "openwebui"] = "openai"
-    timeouts: Timeouts = Timeouts()
-    family: FamilyName | None = None
-    """Which workers run it; None is the family of its type. Any name makes a family of its own."""
-    isolation: Literal["none", "process"] = "none"
-    """``process`` runs each call in a guarded process of its own."""
-    price: Price | None = None
-    """What it costs; None is what the provider says, else the table of prices that is installed."""
-    limits: ModelLimits = ModelLimits()
-    """Held by all workers together; see :mod:`promptmill.traffic`."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """What only this type of backend knows; checked by the backend."""
-
-    @field_validator("type")
-    @classmethod
-    def _known_type(cls, value: str) -> str:
-        if value in FAMILIES:
-            return value  # reading the entry points of everything installed takes tens of milliseconds
-        known = FAMILIES.keys() | {e.name for e in metadata.entry_points(group="promptmill.backends")}
-        if value not in known:
-            raise ValueError(f"unknown backend type {value!r}; known: {', '.join(sorted(known))}")
-        return value
-
-    @field_validator("api_url")
-    @classmethod
-    def _http_url(cls, value: str | None) -> str | None:
-        if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in {"http", "https"} or not parts.hostname:
-                raise ValueError("must be an http:// or https:// address")
-        return value.rstrip("/") if value else value
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.type == "local_openai" and not self.api_url:
-            raise ValueError("local_openai needs api_url")
-        if self.type in {"local_openai", "anthropic_api", "gemini_api", "gemini_cli"} and not self.model_name:
-            raise ValueError(f"{self.type} needs model_name")
-        if self.api_key_env and self.api_key_file:
-            raise ValueError("give api_key_env or api_key_file, not both")
-        return self
-
-    @property
-    def worker_family(self) -> str:
-        """The family of workers that runs it: its queue is theirs."""
-        return self.family or (ISOLATED_FAMILY if self.isolation == "process" else FAMILIES.get(self.type, API_FAMILY))
-
-    def secret(self) -> str | None:
-        """The key, read now; None where none is configured. Never print, log or store it.
-
-        Raises
-        ------
-        ConfigError
-            The variable is not set or the file cannot be read.
-        """
-        return read_secret(self.api_key_env, self.api_key_file)
-
-
-_ECHO: Final = ModelConfig(type="echo")
-
-
-class FamilyConfig(_Part):
-    """How a family of workers is sized; see :meth:`Settings.workers_of` and :meth:`Settings.concurrency_of`."""
-
-    workers: Annotated[int, Field(ge=0, le=256)] | None = None
-    concurrency: Annotated[int, Field(gt=0, le=10_000)] | None = None
-
-
-class UserConfig(_Part):
-    """What is different for one user: slots of roles, asked in the place of the roles' own, and the budget."""
-
-    roles: dict[str, dict[str, str]] = Field(default_factory=dict)
-    budget: Budget | None = None
-    """In the place of the settings' own, limit by limit."""
-
-
-class ApiKey(_Part):
-    """Where the key of one user of the gateway stands: a variable or a file."""
-
-    key_env: str | None = None
-    key_file: Path | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.key_env is None) == (self.key_file is None):
-            raise ValueError("give key_env or key_file")
-        return self
-
-
-def read_secret(env: str | None, file: Path | None) -> str | None:
-    """A secret from a variable or a file, without surrounding white space. Raises ConfigError where it is missing."""
-    if env:
-        value = os.environ.get(env, "").strip()
-        if not value:
-            raise ConfigError(f"the environment variable {env} is not set", field=env)
-        return value
-    if file:
-        try:
-            value = file.expanduser().read_text().strip()
-        except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"cannot read {file}: {err}", field=str(file)) from None
-        if not value:
-            raise ConfigError(f"{file} is empty", field=str(file))
-        return value
-    return None
 
 
 class Settings(BaseSettings):
@@ -309,7 +147,7 @@ class Settings(BaseSettings):
     @property
     def registry(self) -> dict[str, ModelConfig]:
         """The configured models, and ``echo``, which needs no provider and is always there."""
-        return {"echo": _ECHO, **self.models}
+        return {"echo": ECHO, **self.models}
 
     @property
     def served_families(self) -> list[str]:
@@ -362,43 +200,6 @@ class Settings(BaseSettings):
     def timeouts_for(self, model: ModelConfig, asked: Timeouts) -> Timeouts:
         """The bounds of one attempt: the request's, then the model's, then the settings', then ours."""
         return asked.over(model.timeouts.over(self.timeouts.over(DEFAULT_TIMEOUTS)))
-
-
-def lifeline_fd() -> int | None:
-    """The read end of the pipe of the ``promptmill up`` that started this process; see :mod:`promptmill.lifeline`."""
-    return _inherited_fd("PROMPTMILL_LIFELINE_FD")
-
-
-def listen_fd() -> int | None:
-    """The listening socket that ``promptmill up`` bound for this gateway; None: bind host and port."""
-    return _inherited_fd("PROMPTMILL_LISTEN_FD")
-
-
-def _inherited_fd(name: str) -> int | None:
-    value = os.environ.get(name)
-    if value is None:
-        return None
-    if not value.isdecimal():
-        raise ConfigError(f"{name}: {value!r} is not a file descriptor", field=name)
-    return int(value)
-
-
-def child_environment(settings: Mapping[str, object], **handed_on: int) -> dict[str, str]:
-    """The environment for a process of ours: this one's, with ``settings`` (by field name) and descriptors put in.
-
-    Values of None are left out. Descriptors that were handed to *this* process are never passed on.
-    """
-    env = {k: v for k, v in os.environ.items() if k not in {"PROMPTMILL_LIFELINE_FD", "PROMPTMILL_LISTEN_FD"}}
-    for name, value in (*settings.items(), *handed_on.items()):
-        if value is not None:
-            env[f"PROMPTMILL_{name.upper()}"] = str(value)
-    return env
-
-
-def default_data_dir() -> Path:
-    """``$XDG_DATA_HOME/promptmill``, or its usual place."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "promptmill"
 
 
 def load_settings(config: Path | str | None = None, **overrides: Any) -> Settings:

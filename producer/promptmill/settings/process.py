@@ -1,0 +1,46 @@
+"""What processes of ours hand on to each other through the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from promptmill.errors import ConfigError
+
+
+def lifeline_fd() -> int | None:
+    """The read end of the pipe of the ``promptmill up`` that started this process; see :mod:`promptmill.lifeline`."""
+    return _inherited_fd("PROMPTMILL_LIFELINE_FD")
+
+
+def listen_fd() -> int | None:
+    """The listening socket that ``promptmill up`` bound for this gateway; None: bind host and port."""
+    return _inherited_fd("PROMPTMILL_LISTEN_FD")
+
+
+def _inherited_fd(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value is None:
+        return None
+    if not value.isdecimal():
+        raise ConfigError(f"{name}: {value!r} is not a file descriptor", field=name)
+    return int(value)
+
+
+def child_environment(settings: Mapping[str, object], **handed_on: int) -> dict[str, str]:
+    """The environment for a process of ours: this one's, with ``settings`` (by field name) and descriptors put in.
+
+    Values of None are left out. Descriptors that were handed to *this* process are never passed on.
+    """
+    env = {k: v for k, v in os.environ.items() if k not in {"PROMPTMILL_LIFELINE_FD", "PROMPTMILL_LISTEN_FD"}}
+    for name, value in (*settings.items(), *handed_on.items()):
+        if value is not None:
+            env[f"PROMPTMILL_{name.upper()}"] = str(value)
+    return env
+
+
+def default_data_dir() -> Path:
+    """``$XDG_DATA_HOME/promptmill``, or its usual place."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "promptmill"
