@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from promptmill.contract import Timeouts, Usage, parse_request
+from promptmill.contract.job import TOKENS_MAX
 from promptmill.errors import CODES, BackendError
 from promptmill.settings import ModelConfig
 from promptmill.text import clean_text
@@ -18,7 +19,7 @@ from promptmill_workers.items import Order, decode_line, encode_error, encode_it
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 broken_texts = st.text(st.characters())
-counts = st.integers(0, 2**53)
+counts = st.integers(0, TOKENS_MAX)
 seconds = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
 usages = st.builds(Usage, input_tokens=counts, output_tokens=counts, cache_read_tokens=counts, estimated=st.booleans())
 items = st.one_of(
