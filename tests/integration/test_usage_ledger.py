@@ -416,6 +416,23 @@ async def test_an_attempt_kept_while_its_claim_goes_on_survives_the_worker_and_c
     assert len((await store.get(job_id)).attempts) == 2
 
 
+async def test_a_job_cancelled_between_two_attempts_is_booked_once_and_leaves_the_list(
+    store, claim, user, day, monkeypatch
+) -> None:
+    job_id, token = await claim(prompt="x" * 40)
+    epoch = (await store.find(job_id)).st["epoch"]
+    await store.run(scripts.APPEND, job_id, token, epoch, 2, Token(text="y" * 80).to_json())
+    # Its worker told of the attempt that failed, and the job was cancelled before the next one began.
+    assert await keep_try(store, job_id, a_try(token, day, 1, outcome="cut"))
+    await store.cancel(job_id, "enough", keys.new_token())
+    make_old(monkeypatch)
+    for _ in range(3):
+        await sweep_unbooked(store, REGISTRY, RETENTION_S)
+        await book(store, REGISTRY, RETENTION_S, [job_id])
+    assert not await is_unbooked(store, job_id)
+    assert (await sums(store, day, user)).attempts == 1
+
+
 async def test_the_end_of_another_claim_does_not_take_a_late_attempt_with_it(store, claim, user, day) -> None:
     job_id, token = await claim()
     await store.requeue(job_id, claim=token, max_crashes=3)

@@ -201,6 +201,8 @@ async def _complete(store: Store, record: Record) -> bool:
     finished = int(st["finished"])
     if time.time() * 1000 - finished < LATE_WAIT_MS:
         return False
+    if any(t.get("claim") == claim and t.get("attempt") == st["attempts"] for t in record.tries):
+        return True  # cancelled between two attempts, of which the first was told
     with store_errors(store.address):
         raw: bytes | None = await store.wire.call("HGET", keys.record(record.job_id), "end")
     end: dict[str, Any] = orjson.loads(raw) if raw else {}
