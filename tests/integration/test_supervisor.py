@@ -32,8 +32,9 @@ print("deaf", flush=True)
 time.sleep(600)
 """
 POLITE = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("bye", flush=True), sys.exit()))
+import os, signal, sys, time
+# Not print: the signal may come while "up" is still being flushed, and a buffer cannot be entered twice.
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"bye\n"), sys.exit()))
 print("up", flush=True)
 time.sleep(600)
 """
