@@ -34,7 +34,7 @@ time.sleep(600)
 POLITE = """
 import os, signal, sys, time
 # Not print: the signal may come while "up" is still being flushed, and a buffer cannot be entered twice.
-signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"bye\n"), sys.exit()))
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"bye\\n"), sys.exit()))
 print("up", flush=True)
 time.sleep(600)
 """
