@@ -599,7 +599,9 @@ async def read_messages(claude: anthropic.AsyncAnthropic, model: str) -> tuple[l
     ],
 )
 async def test_the_sdk_fails_on_a_stream_that_breaks(sim: Simulator, fault: str, error: type[Exception]) -> None:
-    async with anthropic.AsyncAnthropic(base_url=sim.url, api_key="k", max_retries=0, timeout=0.3) as claude:
+    # Only reading is short: a busy machine may take longer than that to connect.
+    timeout = httpx2.Timeout(30, read=0.5)
+    async with anthropic.AsyncAnthropic(base_url=sim.url, api_key="k", max_retries=0, timeout=timeout) as claude:
         with pytest.raises(error) as caught:
             await read_messages(claude, f"sim:fault={fault},after=2")
     if isinstance(caught.value, anthropic.APIStatusError):
