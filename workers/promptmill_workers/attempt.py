@@ -33,6 +33,15 @@ class Progressing:
         """The tokens, joined."""
         return "".join(self.parts)
 
+    def note(self, item: UsageUpdate | RateInfo | Finished) -> None:
+        """Keep what a backend says beside the text."""
+        if isinstance(item, UsageUpdate):
+            self.usage, self.cost_usd = item.usage, item.cost_usd
+        elif isinstance(item, RateInfo):
+            self.rate = item
+        else:
+            self.finished = item
+
 
 async def stream(
     backend: Backend,
@@ -54,7 +63,7 @@ async def stream(
         The attempt failed: the backend's own error, one of the timeouts, ``cut``/``empty`` where a backend ended
         without its end or without text, or ``malformed`` where the answer has not the form that was asked for.
     """
-    parts, mark = into.parts, writer.mark
+    mark = writer.mark
     wanted = call.request.response_format
     async with Deadlines(call.timeouts) as deadlines:
         await check_schema(wanted, call.request.user)
@@ -65,26 +74,22 @@ async def stream(
                         on_first, told = None, on_first
                         await told()
                     deadlines.touch()
-                    parts.append(item.text)
+                    into.parts.append(item.text)
                     log.add_text(item.text)
                     mark(log)
                     if log.full:
                         deadlines.hold()
                         await log.wait_for_room()
                         deadlines.touch()
-                elif isinstance(item, UsageUpdate):
-                    into.usage, into.cost_usd = item.usage, item.cost_usd
                 elif isinstance(item, StartedAnew):
-                    parts.clear()
+                    into.parts.clear()
                     log.add_event(Restart(reason=item.reason, attempt=call.attempt).to_json())
                     mark(log)
-                elif isinstance(item, RateInfo):
-                    into.rate = item
                 else:
-                    into.finished = item
+                    into.note(item)
         if into.finished is None:
             raise BackendError("the answer ended without its end", code="cut")
-        if not parts:
+        if not into.parts:
             raise BackendError("the answer has no text", code="empty")
         if wanted is not None:
             deadlines.hold()  # no token is to come: only the whole attempt's bound counts

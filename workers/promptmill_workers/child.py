@@ -17,6 +17,7 @@ from contextlib import aclosing
 from typing import IO, Final
 
 from promptmill.errors import BackendError, ConfigError, MissingExtra
+from promptmill.settings.process import take_variables
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item
 from promptmill_workers.items import Order, encode_error, encode_item
@@ -32,7 +33,7 @@ def main() -> None:
     """Serve the one order. Never returns."""
     output = _take_output()
     order = Order.model_validate_json(_take_input())
-    os.environ.update(order.variables)
+    take_variables(order.variables)
     asyncio.run(_to_the_end(order, output))
 
 

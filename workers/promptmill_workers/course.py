@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from promptmill.contract import JobRequest, Progress, Restart, Timeouts
-from promptmill.errors import BackendError, PromptmillError
+from promptmill.errors import BackendError, PromptmillError, StoreUnavailable
 from promptmill.failures import CLASSES, classify
 from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
@@ -26,7 +26,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.tries import CLAIM_CHARS
 from promptmill.traffic import Admission, Traffic
-from promptmill.usage import Booker, price, settled_usage, tell_asking
+from promptmill.usage import Booker, keep_try, price, settled_usage, tell_asking
 from promptmill.usage.estimates import BYTES_PER_TOKEN
 from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
@@ -175,7 +175,7 @@ class Course:
             if ended.error is None or not more or not classify(ended.error.code).fall_back:
                 return ended
             if len(self.tries) > before:
-                self._keep_last()
+                await self._keep_last()
             self._fall_back(ended, routes[position + 1])
         raise AssertionError("a decision has at least one route")
 
@@ -219,7 +219,7 @@ class Course:
             self.current = None
             if error is None or into.parts or tried >= limit or not (error.retryable and classify(error.code).retry):
                 return Ended(error, into, route)
-            self._keep_last()
+            await self._keep_last()
             wait_s = backoff_s(error, tried)
             if more and wait_s > _PATIENCE_S:
                 return Ended(error, into, route)
@@ -293,9 +293,17 @@ class Course:
         usual: float | None = getattr(self.settings.timeouts_for(route.config, Timeouts()), field)
         return own is not None and (usual is None or own < usual)
 
-    def _keep_last(self) -> None:
-        """The claim goes on after an attempt that failed: what it used must survive this worker's death."""
-        self.booker.keep(self.job_id, self.tries[-1])
+    async def _keep_last(self) -> None:
+        """The claim goes on after an attempt that failed: what it used must survive this worker's death.
+
+        Told before the next attempt begins; where the store does not answer, told in the background once it does.
+        """
+        try:
+            await keep_try(self.store, self.job_id, self.tries[-1])
+        except StoreUnavailable:
+            self.booker.keep(self.job_id, self.tries[-1])
+        else:
+            self.booker.soon(self.job_id)
 
     async def _attempt(self, route: Route, into: Progressing, admission: Admission) -> BackendError | None:
         """One attempt; answers why it failed, or None."""

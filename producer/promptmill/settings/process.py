@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from promptmill.errors import ConfigError
@@ -38,6 +38,16 @@ def child_environment(settings: Mapping[str, object], **handed_on: int) -> dict[
         if value is not None:
             env[f"PROMPTMILL_{name.upper()}"] = str(value)
     return env
+
+
+def inherited(wanted: Callable[[str], bool]) -> dict[str, str]:
+    """The environment's variables whose names are ``wanted``, for a process that is to see no others."""
+    return {name: value for name, value in os.environ.items() if wanted(name)}
+
+
+def take_variables(variables: Mapping[str, str]) -> None:
+    """Set variables of this process that another one handed over: libraries and plug-ins read them there."""
+    os.environ.update(variables)
 
 
 def default_data_dir() -> Path:

@@ -122,10 +122,7 @@ class Traffic:
     async def _within_limits(self, admission: Admission, user: str) -> None:
         """Take a place among the running calls, or turn ``admission`` into a refusal."""
         digest = _digest(user)
-        lines = self._lines.setdefault(admission.model, {})
-        line = lines.get(digest)
-        if line is None:
-            line = lines[digest] = Line()
+        line = self._line(admission.model, digest)
         paces = self._paces_of(admission)
         now = time.monotonic()
         if line.closed_until > now:
@@ -170,6 +167,14 @@ class Traffic:
         now = time.monotonic()
         line.closed_until, line.reason = now + min(int(wait_us) / _US, _WAIT_MAX_S), reason.decode()
         await self._give_back(admission, line.wait_s(now, paces.request_us), line.reason)
+
+    def _line(self, model: str, digest: str) -> Line:
+        """Where the jobs of one user wait for one model."""
+        lines = self._lines.setdefault(model, {})
+        line = lines.get(digest)
+        if line is None:
+            line = lines[digest] = Line()
+        return line
 
     def _paces_of(self, admission: Admission) -> Paces:
         known = self._paces.get(admission.model)

@@ -130,8 +130,7 @@ class GeminiTextDecoder(LineDecoder):
         if NOISE.match(text):
             self._notes = (self._notes + "\n" + text)[-_KEPT_CHARS:]
         else:
-            self.text(self._owed + text, items)
-            self._owed = "\n"
+            self._value({"text": text}, items)
         return items
 
     def exited(self, status: int | None, stderr: bytes) -> list[Item]:
@@ -151,7 +150,8 @@ class GeminiTextDecoder(LineDecoder):
         return super().exited(status, stderr)
 
     def _value(self, value: dict[str, Any], items: list[Item]) -> None:
-        raise NotImplementedError  # text has no values
+        self.text(self._owed + value["text"], items)
+        self._owed = "\n"
 
 
 def _api_error(message: str) -> ProviderError | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from promptmill.errors import ConfigError
+from promptmill.settings.process import inherited
 
 _ALLOWED: Final = frozenset(
     {"PATH", "LANG", "LANGUAGE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS"}
@@ -17,9 +17,9 @@ _ALLOWED: Final = frozenset(
 )
 
 
-def allowed(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of ``environment`` a program may see: search path, language, time zone, proxies, certificates."""
-    return {name: value for name, value in environment.items() if name in _ALLOWED or name.startswith("LC_")}
+def allowed() -> dict[str, str]:
+    """What of this process's environment a program may see: search path, language, time zone, proxies, certificates."""
+    return inherited(lambda name: name in _ALLOWED or name.startswith("LC_"))
 
 
 def private(home: Path, tmp: Path) -> dict[str, str]:

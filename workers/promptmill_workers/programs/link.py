@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from promptmill.settings.process import inherited
 from promptmill.up.part import guard_interpreter
 from promptmill_workers.programs.guarding.warden import RECORD_BYTES, parse, record
 
 logger = logging.getLogger(__name__)
 
 _MAIN: Final = Path(__file__).with_name("guarding") / "__main__.py"
-_NEEDED: Final = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_NEEDED: Final = frozenset({"LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT"})
 """What an interpreter may need to start. Nothing else of the environment: programs can read a guard's in /proc."""
 
 
@@ -102,7 +103,7 @@ class Link:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env={name: os.environ[name] for name in _NEEDED if name in os.environ},
+                    env=inherited(_NEEDED.__contains__),
                     # A Ctrl-C at the terminal is the worker's to act on.
                     start_new_session=True,
                 )

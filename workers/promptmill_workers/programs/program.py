@@ -167,7 +167,7 @@ class Sandbox:
         order = Order(
             name=self.name,
             command=command,
-            environment=environments.allowed(os.environ) | environments.private(self.home, self.tmp) | {**environment},
+            environment=environments.allowed() | environments.private(self.home, self.tmp) | {**environment},
             level=level or await current_level(),
             root=str(self.root.parent),
             directory=str(self.root),
