@@ -11,7 +11,14 @@ import pytest
 from promptmill import AsyncProducer
 from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
+from tests.support.distribution import mark_groups
 from tests.support.store import StoreServer, keys_without_ttl, running_store
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Behind pytest-xdist's own hook."""
+    mark_groups(config, items)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from promptmill.enqueue import Enqueuer
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.watch import Watcher
+from promptmill_gateway.disconnect import Disconnects
 from promptmill_gateway.failures import add_failures
 from promptmill_gateway.openapi import describe
 from promptmill_gateway.routes import HealthRoutes, JobRoutes
@@ -75,9 +76,10 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
         async with AsyncProducer(settings, store=store) as producer:
             hub = await producer.hub()
             await hub.start()
-            streams = StreamEndpoint(settings, hub, access)
-            async with _watching(store, settings) as watcher:
-                yield Service(build_gateway(settings, producer, access, streams), streams, (watcher,))
+            async with _watching(store, settings) as watcher, _minding(store, settings) as (disconnects, minder):
+                streams = StreamEndpoint(settings, hub, access, disconnects.left)
+                app = build_gateway(settings, producer, access, streams)
+                yield Service(app, streams, (watcher, minder), settings.max_connections)
     finally:
         await store.aclose()
 
@@ -94,3 +96,16 @@ async def _watching(store: Store, settings: Settings) -> AsyncGenerator[asyncio.
         # Waits without raising: what made it fail is raised by who serves.
         await asyncio.wait([watcher])
         await enqueuer.aclose()
+
+
+@asynccontextmanager
+async def _minding(store: Store, settings: Settings) -> AsyncGenerator[tuple[Disconnects, asyncio.Task[None]]]:
+    """Who cancels the jobs whose readers left, at work."""
+    disconnects = Disconnects(store, settings)
+    minder = asyncio.create_task(disconnects.run(), name="disconnects")
+    try:
+        yield disconnects, minder
+    finally:
+        minder.cancel()
+        await asyncio.wait([minder])
+        await disconnects.aclose()

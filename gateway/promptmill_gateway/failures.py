@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from promptmill.errors import BadRequest, NotFound, PromptmillError
-from promptmill_gateway.body import BodyTimeout
+from promptmill_gateway.body import BodyTimeout, Busy
 from promptmill_relay.problem import encode_problem
 
 
@@ -37,6 +37,8 @@ async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, PromptmillError)  # noqa: S101 - registered for this type only
     if isinstance(error, BodyTimeout):
         return answer(error, 408, {"connection": "close"})
+    if isinstance(error, Busy):
+        return answer(error, 503)
     return answer(error, 403 if isinstance(error, Forbidden) else None)
 
 

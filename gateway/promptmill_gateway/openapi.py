@@ -23,6 +23,20 @@ from promptmill_gateway.schemas import CancelRequest, Problem
 _REF: Final = "#/components/schemas/{model}"
 _EVENTS: Final[tuple[type[BaseModel], ...]] = (Progress, Token, Restart, Confirm, Done, Error, Cancelled)
 _STREAM_PATH: Final = "/v1/jobs/{job_id}/stream"
+_STREAM_EVENT: Final[dict[str, Any]] = {
+    "description": "One Server-Sent Event. One without `id` leaves the reader's last id as it is.",
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+-[0-9]+$"},
+        "event": {"type": "string", "description": "The `type` in its data."},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Event"},
+        },
+    },
+}
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -38,6 +52,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
             "oneOf": [{"$ref": _REF.format(model=model.__name__)} for model in _EVENTS],
             "discriminator": {"propertyName": "type"},
         }
+        schemas["StreamEvent"] = _STREAM_EVENT
         _offer_prompt(schemas["JobRequest"])
         _drop_unused(document, schemas)
         components["securitySchemes"] = {
@@ -108,13 +123,14 @@ def _stream() -> dict[str, Any]:
         "security": [{"bearer": []}, {"apiKey": []}, {"streamUrl": []}, {}],
         "responses": {
             "200": {
-                "description": "The events; the schema is that of each event's `data`.",
-                "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/Event"}}},
+                "description": "The events; the schema is that of each one.",
+                "content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/StreamEvent"}}},
             },
             "204": {"description": "The reader has seen the end."},
             "400": {"description": "`Last-Event-ID` is malformed.", "content": problem},
             "401": {"description": "No key, an unknown one, or a wrong or expired signature.", "content": problem},
             "404": {"description": "No such job, or not one of this user.", "content": problem},
+            "429": {"description": "Too many readers of this user's jobs; see Retry-After.", "content": problem},
             "503": {"description": "Too many readers; see Retry-After.", "content": problem},
         },
     }

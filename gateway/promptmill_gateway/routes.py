@@ -15,7 +15,7 @@ from promptmill.contract.request import Name
 from promptmill.errors import BadRequest, NotFound, PromptmillError
 from promptmill.keys import check_job_id
 from promptmill.settings import Settings
-from promptmill_gateway.body import read_body
+from promptmill_gateway.body import Bodies
 from promptmill_gateway.failures import Forbidden
 from promptmill_gateway.schemas import CancelRequest, Health, JobAnswer, JobList, Ready
 from promptmill_relay.auth import Access
@@ -41,7 +41,8 @@ _WHY: Final = {
     409: "The idempotency key stands for another request: `idempotency_conflict`.",
     413: "The request is too large: `too_large`.",
     429: "Nothing more is taken for now: `backlog_full`, `budget_exceeded`.",
-    503: "Redis cannot be reached: `store_unavailable`. Repeat with the same idempotency key.",
+    503: "Redis cannot be reached: `store_unavailable`; too much at once: `backlog_full`. Repeat with the same "
+    "idempotency key.",
 }
 
 
@@ -50,6 +51,7 @@ class JobRoutes:
 
     def __init__(self, settings: Settings, producer: AsyncProducer, access: Access) -> None:
         self._limits = settings.limits
+        self._bodies = Bodies(settings.limits.request_bytes)
         self._producer = producer
         self._access = access
 
@@ -98,7 +100,8 @@ class JobRoutes:
     async def submit(self, request: Request) -> Response:
         """Store a job and queue it. Repeated with the same `Idempotency-Key` it answers the same job."""
         user = self._access.user(request.headers.raw)
-        job_request = parse_request(await read_body(request, self._limits.request_bytes), self._limits)
+        async with self._bodies.read(request) as body:
+            job_request = parse_request(body, self._limits)
         job_request = _with_key(job_request, request.headers.get("idempotency-key"))
         if user is not None:
             if "user" in job_request.model_fields_set and job_request.user != user:
@@ -133,7 +136,8 @@ class JobRoutes:
     async def cancel(self, request: Request, job_id: JobId) -> Response:
         """End a job, whatever its worker does."""
         await self._own_job(request, job_id)
-        reason = _reason(await read_body(request, _CANCEL_MAX_BYTES))
+        async with self._bodies.read(request, _CANCEL_MAX_BYTES) as body:
+            reason = _reason(body)
         return await self._answer(await self._producer.cancel(job_id, reason=reason))
 
     async def _own_job(self, request: Request, job_id: str) -> Job:

@@ -2,20 +2,25 @@
 
 A message is a hint: it carries the job's id and nothing else. Losing one delays a job until the sweep sends it again;
 doubling one does nothing, because only one claim succeeds.
+
+On Redis a queue is a list. On RabbitMQ it is a quorum queue, and a message counts as sent once the broker confirmed it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-from amqp.exceptions import AMQPError, ChannelError
+from amqp.exceptions import AMQPError, ChannelError, PreconditionFailed
 from celery import Celery
+from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
@@ -29,6 +34,8 @@ SKIP_S: Final = 3.0
 """How long messages are left to the sweep after the broker failed."""
 STALE_S: Final = 1.0
 """A connection that broke while it was idle fails sooner than that."""
+UNCONFIRMED_MAX: Final = 500
+"""How many messages go to RabbitMQ before their confirmations are waited for: each wait costs one write to its disk."""
 
 BROKER_ERRORS: Final = (KombuError, AMQPError, RedisError, OSError)
 """What kombu's transports for Redis and AMQP raise; only some of it comes wrapped as kombu's own."""
@@ -55,6 +62,67 @@ def make_app(broker_url: str) -> Any:
     return app
 
 
+def is_amqp(broker_url: str) -> bool:
+    """Whether the broker is RabbitMQ, and no Redis."""
+    return broker_url.startswith("amqp")
+
+
+def broker_queue(name: str, broker_url: str) -> Any:
+    """A queue as everybody declares it who touches it: RabbitMQ refuses a second declaration that differs."""
+    if is_amqp(broker_url):
+        return Queue(name, routing_key=name, durable=True, queue_arguments={"x-queue-type": "quorum"})
+    # Nobody acknowledges messages on Redis: kombu would keep a copy of each for that.
+    return Queue(name, routing_key=name, no_ack=True)
+
+
+def foreign_queue(err: BaseException) -> str | None:
+    """What to do about a queue that exists with other properties than ours; None where the error is another one."""
+    if not isinstance(err, PreconditionFailed) or "inequivalent arg" not in str(err):
+        return None
+    found = re.search(r"for queue '([^']+)'", str(err))
+    name = found[1] if found else "promptmill.…"
+    return (
+        f"the queue {name} exists on the broker with other properties than promptmill's ({err}). "
+        f"Delete it there: `rabbitmqctl delete_queue {name}`. No job is lost with it: the jobs are in the store, "
+        "and their messages are sent again"
+    )
+
+
+class _Confirms:
+    """Which of the messages sent on one channel RabbitMQ has taken."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        self._last = 0
+        self._open: set[int] = set()
+        self._refused = False
+        channel.confirm_select()
+        channel.events["basic_ack"].add(self._taken)
+        channel.events["basic_nack"].add(self._not_taken)
+
+    def _taken(self, tag: int, multiple: bool) -> None:
+        self._open -= {other for other in self._open if other <= tag} if multiple else {tag}
+
+    def _not_taken(self, tag: int, multiple: bool) -> None:
+        self._refused = True
+        self._taken(tag, multiple)
+
+    def sent(self) -> None:
+        """One more message is on its way."""
+        self._last += 1
+        self._open.add(self._last)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all are taken. Raises one of :data:`BROKER_ERRORS` where one is not."""
+        deadline = time.monotonic() + timeout_s
+        while self._open:
+            # Zero would not wait but only look; less than zero is refused.
+            self.channel.connection.drain_events(timeout=max(deadline - time.monotonic(), 0.001))
+        if self._refused:
+            self._refused = False
+            raise KombuError("the broker refused a message")
+
+
 class Enqueuer:
     """Sends messages from one thread of its own, so that an event loop never waits for the broker.
 
@@ -63,8 +131,11 @@ class Enqueuer:
     """
 
     def __init__(self, broker_url: str) -> None:
+        self._broker_url = broker_url
         self._app: Any = make_app(broker_url)
         self._app.conf.broker_connection_timeout = CONNECT_S
+        # Nobody would send heartbeats while nothing is sent, and the broker would drop the connection every time.
+        self._app.conf.broker_heartbeat = 0
         self._app.conf.broker_transport_options = {
             **self._app.conf.broker_transport_options,
             "socket_connect_timeout": CONNECT_S,
@@ -72,9 +143,13 @@ class Enqueuer:
             # Otherwise kombu sleeps 2 and 4 seconds between attempts to connect, and all senders wait for it.
             "max_retries": 0,
         }
+        # Not from Celery's pool, which all apps of a process share: who closes one there closes it for the others too.
+        self._connection: Any = self._app.connection_for_write()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="promptmill-enqueue")
         self._retry_at: float | None = None
         """On ``time.monotonic``: when to try again; None while the broker answers."""
+        self._queues: dict[str, Any] = {}
+        self._confirms: _Confirms | None = None
 
     async def send(self, messages: Sequence[tuple[str, str]]) -> int:
         """Send ``(job id, queue)`` pairs; answers how many the broker took.
@@ -101,14 +176,30 @@ class Enqueuer:
         def publish(connection: Any) -> None:
             producer = self._app.amqp.Producer(connection)
             while rest:
-                job_id, queue = rest[0]
-                self._app.send_task(
-                    TASK_NAME, args=(job_id,), queue=queue, producer=producer, retry=False, ignore_result=True
-                )
-                rest.popleft()
+                batch = list(itertools.islice(rest, UNCONFIRMED_MAX if is_amqp(self._broker_url) else 1))
+                self._publish(connection, producer, batch)
+                for _ in batch:
+                    rest.popleft()
 
         self._talk(publish)
         return len(messages) - len(rest)
+
+    def _publish(self, connection: Any, producer: Any, batch: Sequence[tuple[str, str]]) -> None:
+        confirms = self._confirms_on(connection.default_channel) if is_amqp(self._broker_url) else None
+        for job_id, name in batch:
+            queue = self._queues.get(name) or self._queues.setdefault(name, broker_queue(name, self._broker_url))
+            self._app.send_task(
+                TASK_NAME, args=(job_id,), queue=queue, producer=producer, retry=False, ignore_result=True
+            )
+            if confirms is not None:
+                confirms.sent()
+        if confirms is not None:
+            confirms.wait(ANSWER_S)
+
+    def _confirms_on(self, channel: Any) -> _Confirms:
+        if self._confirms is None or self._confirms.channel is not channel:
+            self._confirms = _Confirms(channel)
+        return self._confirms
 
     async def depth(self, queue: str) -> int | None:
         """How many messages wait in a queue; None where the broker does not say."""
@@ -116,31 +207,39 @@ class Enqueuer:
 
     def _depth(self, queue: str) -> int | None:
         def ask(connection: Any) -> int:
+            # A channel of its own: RabbitMQ closes the one that asked for a queue that is not there.
+            own = connection.channel() if is_amqp(self._broker_url) else None
             try:
-                return int(connection.default_channel.queue_declare(queue=queue, passive=True).message_count)
+                waiting = int((own or connection.default_channel).queue_declare(queue, passive=True).message_count)
             except ChannelError as err:
                 if str(getattr(err, "reply_code", None)) != "404":
                     raise
-                return 0  # a queue that no one declared yet is empty, not broken
+                waiting = 0  # a queue that no one declared yet is empty, not broken
+            if own is not None:
+                connection.maybe_close_channel(own)
+            return waiting
 
         return self._talk(ask)
 
     def _talk(self, work: Callable[[Any], T]) -> T | None:
-        """Do ``work`` with a connection; None where the broker is away."""
+        """Do ``work`` with the connection; None where the broker is away."""
+        connection = self._connection
         try:
-            with self._app.connection_or_acquire() as connection:
-                was_open, began = connection.connected, time.monotonic()
-                try:
-                    answer = _on(connection, work)
-                except BROKER_ERRORS:
-                    # What a connection that failed says next may answer an older question.
-                    connection.collect()
-                    if not was_open or time.monotonic() - began > STALE_S:
-                        raise
-                    # It broke while it was idle, as after a restart of the broker, which may be back already.
-                    answer = _on(connection, work)
+            was_open, began = connection.connected, time.monotonic()
+            try:
+                answer = _on(connection, work)
+            except BROKER_ERRORS:
+                if not was_open or time.monotonic() - began > STALE_S:
+                    raise
+                # It broke while it was idle, as after a restart of the broker, which may be back already.
+                connection.collect()
+                answer = _on(connection, work)
         except BROKER_ERRORS as err:
-            if self._retry_at is None:
+            # What a connection that failed says next may answer an older question.
+            connection.collect()
+            if foreign := foreign_queue(err):
+                logger.critical("messages wait: %s", foreign)
+            elif self._retry_at is None:
                 logger.warning("broker unavailable, messages are left to the sweep: %s", err or type(err).__name__)
             self._retry_at = time.monotonic() + SKIP_S
             return None
@@ -150,8 +249,9 @@ class Enqueuer:
         return answer
 
     async def aclose(self) -> None:
-        """Wait for what is being sent, then close the connections."""
+        """Wait for what is being sent, then close the connection."""
         loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._connection.release)
         await loop.run_in_executor(self._thread, self._app.close)
         self._thread.shutdown(wait=False)
 

@@ -74,6 +74,7 @@ CODES: Final[dict[str, CodeSpec]] = {
     "data_dir_in_use": CodeSpec(False, 500),
     "not_ready": CodeSpec(True, 503),
     "part_died": CodeSpec(True, 503),
+    "cannot_write": CodeSpec(True, 507),
     "internal": CodeSpec(False, 500),
 }
 

@@ -17,7 +17,8 @@ from promptmill.store import Store
 from promptmill.store.connection import store_errors
 from promptmill.store.scripts import Script
 
-WorkerState = Literal["starting", "ready", "draining"]
+WorkerState = Literal["starting", "ready", "draining", "quarantine"]
+"""``quarantine``: it runs the jobs of one worker that lost others, and claims nothing by itself."""
 
 # KEYS: workers, claims. ARGV: worker, beat (JSON), workers' ttl s, claims' ttl s
 _BEAT: Final = Script(

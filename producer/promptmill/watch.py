@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
-from promptmill.heartbeat import Beat, read_beats
+from promptmill.heartbeat import read_beats
 from promptmill.registry import Registry
 from promptmill.settings import Settings
 from promptmill.store import Record, Store
 from promptmill.store.connection import store_errors
+from promptmill.store.dead import list_dead
 from promptmill.store.link import Command
 from promptmill.usage import sweep_unbooked
 
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_CRASHES: Final = 3
+MAX_CRASHES: Final = 6
+"""A job that lost its worker so often ends, even where nobody saw whose fault it was."""
+_LOOK_MAX: Final = 1.5
+"""The time between two looks counts for no more than so many periods."""
 _SWEEP_MAX: Final = 500
 _ROUNDS_MAX: Final = 100
 _GRACE_MS: Final = 5_000
@@ -67,44 +71,47 @@ class Watcher:
         """Read all heartbeats; settle the workers whose counter stood still for too long. Answers their ids."""
         beats, _ = await read_beats(self._store)
         now = asyncio.get_running_loop().time()
-        if now - self._looked_at > 3 * self._period_s + 1:
-            # We were frozen or cut off ourselves, perhaps together with those that we watch.
-            self._seen.clear()
+        # If we or the store stood still meanwhile, those that we watch may have had no way to beat.
+        watched_s = min(now - self._looked_at, _LOOK_MAX * self._period_s)
         self._looked_at = now
         present = {b.worker for b in beats}
         self._seen = {w: s for w, s in self._seen.items() if w in present}
         dead: list[str] = []
         for b in beats:
-            count, since = self._seen.get(b.worker, (-1, now))
-            if b.count != count:
-                self._seen[b.worker] = (b.count, now)
-            elif now - since >= self._dead_after_s:
+            count, still_s = self._seen.get(b.worker, (-1, 0.0))
+            still_s = still_s + watched_s if b.count == count else 0.0
+            self._seen[b.worker] = (b.count, still_s)
+            if still_s >= self._dead_after_s:
                 dead.append(b.worker)
-                await self._settle(b)
+                await self.settle(b.worker)
         return dead
 
-    async def _settle(self, gone: Beat) -> None:
-        """Give the jobs of a dead worker back to the queue, then forget the worker."""
+    async def settle(self, worker: str, *, poisoned: bool = False) -> None:
+        """Give the jobs of a dead worker back to the queue, or end them as ``poisoned``; then forget the worker.
+
+        Raises StoreUnavailable; repeated, it goes on where it was.
+        """
         store = self._store
         with store_errors(store.address):
-            held: set[bytes] = await store.redis.smembers(keys.claims(gone.worker))
-        logger.warning("worker %s is dead; it held %d jobs", gone.worker, len(held))
+            held: set[bytes] = await store.redis.smembers(keys.claims(worker))
+        logger.warning("worker %s is dead; it held %d jobs", worker, len(held))
         job_ids = [raw.decode() for raw in held]
-        await self.release(job_ids, dead_worker=gone.worker)
+        await self.release(job_ids, dead_worker=worker, poisoned=poisoned)
         with store_errors(store.address):
             pipe = store.redis.pipeline(transaction=False)
             if job_ids:
                 # Only what was read: a worker that was merely frozen may be claiming again.
-                pipe.srem(keys.claims(gone.worker), *job_ids)
-            pipe.hdel(keys.WORKERS, gone.worker)
+                pipe.srem(keys.claims(worker), *job_ids)
+            pipe.hdel(keys.WORKERS, worker)
             await pipe.execute()
-        self._seen.pop(gone.worker, None)
+        self._seen.pop(worker, None)
 
     async def release(
         self,
         job_ids: list[str],
         *,
         dead_worker: str | None = None,
+        poisoned: bool = False,
         claims: dict[str, str] | None = None,
         queue: str = "",
         reason: str = "its worker is shutting down",
@@ -115,12 +122,16 @@ class Watcher:
     ) -> list[str]:
         """Requeue jobs of a dead worker, or those that their holder hands back (``claims``: job id to token).
 
+        ``poisoned`` ends them instead: the worker was a job's own process, and was seen to die by itself.
+
         A holder may hand them to another ``queue``; see :meth:`promptmill.store.Store.requeue`. With ``wait_s`` no
         message is sent: the sweep sends it when that time is over.
 
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
         queued: list[tuple[str, str]] = []
+        if dead_worker is not None:
+            await list_dead(self._store, job_ids)
         for job_id in job_ids:
             renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
             with store_errors(self._store.address):
@@ -130,6 +141,7 @@ class Watcher:
                 dead_worker=dead_worker,
                 claim=(claims or {}).get(job_id),
                 max_crashes=MAX_CRASHES,
+                poisoned=poisoned,
                 queue=queue,
                 reason=reason,
                 phase=phase,

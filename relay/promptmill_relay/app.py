@@ -70,7 +70,8 @@ async def open_relay(settings: Settings) -> AsyncGenerator[Service]:
         streams = StreamEndpoint(settings, hub, access)
         await hub.start()
         try:
-            yield Service(Door(RelayApp(streams, store), settings, is_open=access.is_open), streams)
+            app = Door(RelayApp(streams, store), settings, is_open=access.is_open)
+            yield Service(app, streams, max_connections=settings.max_connections)
         finally:
             await hub.aclose()
     finally:

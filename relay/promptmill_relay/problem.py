@@ -9,6 +9,7 @@ from typing import Any, Final
 import orjson
 
 from promptmill.errors import PromptmillError
+from promptmill.text import clean_text
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -24,7 +25,8 @@ def problem_fields(error: PromptmillError, status: int | None = None) -> dict[st
     """``type``, ``title``, ``status``, ``detail``, and ours: ``code``, ``retryable``; where known ``field``, ``limit``,
     ``retry_after_s``. ``status`` stands in for the code's usual one.
     """
-    fields = error.to_dict()
+    # Of a lone surrogate, which JSON can escape in the name of an unknown field, no JSON could be made.
+    fields = {name: clean_text(value) if isinstance(value, str) else value for name, value in error.to_dict().items()}
     detail = fields.pop("message")
     return {
         "type": f"urn:promptmill:error:{error.code}",
@@ -47,7 +49,7 @@ def encode_problem(
         (b"cache-control", b"no-store"),
         *headers,
     ]
-    if error.retry_after_s is not None:
+    if error.retry_after_s is not None and math.isfinite(error.retry_after_s):
         out.append((b"retry-after", str(max(0, math.ceil(error.retry_after_s))).encode()))
     if fields["status"] == 401:
         out.append((b"www-authenticate", b'Bearer realm="promptmill"'))

@@ -1,6 +1,16 @@
-"""uvicorn's HTTP protocol with bounds on the head of a request: its size, and the time until it is complete.
+"""uvicorn's HTTP protocol with bounds that it lacks: on the head of a request, on time, and on connections.
 
-uvicorn bounds neither with httptools, so one connection could fill the memory, and idle ones could stay for ever.
+A connection is dropped where it does not get on in time, whatever bytes come meanwhile:
+
+=========================================  ============================================================================
+what is waited for                         how long
+=========================================  ============================================================================
+a request's head, complete                 ``HEAD_TIMEOUT_S`` from its first byte, or from the connection's beginning
+the next request                           ``KEEP_ALIVE_S`` from the last answer
+the rest of a body that was not wanted     ``LINGER_S`` from the answer; closed at once, the answer itself could be lost
+=========================================  ============================================================================
+
+A body that is wanted is bounded by who reads it, an answer by who writes it.
 """
 
 from __future__ import annotations
@@ -8,47 +18,79 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from promptmill.errors import BadRequest
+from promptmill.errors import BadRequest, Overloaded, PromptmillError
 from promptmill_relay.problem import encode_problem
 
 HEAD_MAX_BYTES: Final = 64 * 1024
 HEAD_TIMEOUT_S: Final = 15.0
+# Longer than the usual 60 s of a proxy, so that it is the proxy that closes and no request meets a closing socket.
+KEEP_ALIVE_S: Final = 75
+LINGER_S: Final = 15.0
+_RETRY_WHEN_FULL_S: Final = 5.0
+
+
+class BoundedConfig(uvicorn.Config):
+    """uvicorn's configuration, with the most connections that are served at once."""
+
+    def __init__(self, app: Any, *, max_connections: int, **options: Any) -> None:
+        super().__init__(app, http=BoundedHttpProtocol, timeout_keep_alive=KEEP_ALIVE_S, **options)
+        self.max_connections = max_connections
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Drops a connection whose request's head is too large or takes too long."""
+    """One connection; needs a :class:`BoundedConfig`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head_timer: asyncio.TimerHandle | None = None
+    def __init__(self, config: BoundedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._max_connections = config.max_connections
+        self._timer: asyncio.TimerHandle | None = None
         self._head_open = True
         self._head_bytes = 0
+        self._body_open = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        self._expect(HEAD_TIMEOUT_S)
+        if len(self.connections) > self._max_connections:
+            error = Overloaded("too many connections", limit=self._max_connections, retry_after_s=_RETRY_WHEN_FULL_S)
+            self._refuse(b"503 Service Unavailable", error, 503)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_complete()
+        self._expect(None)
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
         if not self._head_open:
-            self._expect_head()
+            self._head_open = True
+            self._expect(HEAD_TIMEOUT_S)
 
     def on_headers_complete(self) -> None:
-        self._head_complete()
+        self._head_open = False
+        self._body_open = True
+        self._expect(None)
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > HEAD_MAX_BYTES:
             # Where the whole head came in one piece. The parser turns this into a 400.
             raise ValueError("the head of the request is too large")
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._body_open = False
+        self._expect_next()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_next()
+
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return  # refused; what still comes is not looked at
         super().data_received(data)
         # Counted afterwards: a new head, which begins within this piece, sets the count to zero.
         if self._head_open:
@@ -58,22 +100,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Our kind of error in place of uvicorn's plain text."""
-        _, headers, body = encode_problem(BadRequest(msg), headers=[(b"connection", b"close")])
+        self._refuse(b"400 Bad Request", BadRequest(msg), 400)
+
+    def _refuse(self, status: bytes, error: PromptmillError, code: int) -> None:
+        _, headers, body = encode_problem(error, status=code, headers=[(b"connection", b"close")])
         head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + body)
+        self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head + b"\r\n" + body)
         self.transport.close()
 
-    def _expect_head(self) -> None:
-        self._head_open = True
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._too_slow)
+    def _expect_next(self) -> None:
+        """The last request is answered: wait for its rest, or for the next one."""
+        if self.cycle.response_complete and not self._head_open:
+            # uvicorn's own timer ends with any byte that comes, one that begins no request too.
+            self._expect(LINGER_S if self._body_open else KEEP_ALIVE_S)
 
-    def _head_complete(self) -> None:
-        self._head_open = False
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _expect(self, seconds: float | None) -> None:
+        """Drop the connection unless this is called again within so many seconds; None: no hurry."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            self._timer = self.loop.call_later(seconds, self._too_slow)
 
     def _too_slow(self) -> None:
-        self._head_timer = None
+        self._timer = None
         if not self.transport.is_closing():
             self.transport.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,7 +28,7 @@ from promptmill.settings import Settings, listen_fd
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
-from promptmill_relay.protocol import BoundedHttpProtocol
+from promptmill_relay.protocol import BoundedConfig
 from promptmill_relay.stream import StreamEndpoint
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 GRACE_S: Final = 5
 HARD_S: Final = 12.0
 _CUT_AFTER_S: Final = GRACE_S - 1.0
-# Longer than the usual 60 s of a proxy, so that it is the proxy that closes and no request meets a closing socket.
-_KEEP_ALIVE_S: Final = 75
+# For the store, the broker and the log: a process that can open no more files could not even reconnect.
+_FILES_FOR_THE_REST: Final = 128
 # A peer that vanished without a word, or that reads nothing at all, is dropped by the kernel after this time.
 _PEER_TIMEOUT_MS: Final = 120_000
 
@@ -48,6 +49,8 @@ class Service:
     app: ASGIApp
     streams: StreamEndpoint
     background: Sequence[asyncio.Task[Any]] = field(default_factory=tuple)
+    max_connections: int = 25_000
+    """Never more than the process may open files, less some for everything else."""
 
 
 OpenService = Callable[[Settings], AbstractAsyncContextManager[Service]]
@@ -90,9 +93,9 @@ class StreamServer(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         super().__init__(
-            uvicorn.Config(
-                service.app,  # pyright: ignore[reportArgumentType] - the same shapes, spelled differently
-                http=BoundedHttpProtocol,
+            BoundedConfig(
+                service.app,
+                max_connections=min(service.max_connections, _files_at_once() - _FILES_FOR_THE_REST),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -100,7 +103,6 @@ class StreamServer(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 workers=1,
-                timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
@@ -174,6 +176,11 @@ def listening_socket(settings: Settings) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _files_at_once() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _url(sock: socket.socket) -> str:

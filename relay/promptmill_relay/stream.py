@@ -7,6 +7,7 @@ an event and the reader leaving    the reader: nothing more is written, and ever
 an event and our shutdown          the shutdown: the stream ends between two events; the reader resumes elsewhere
 the end event and our shutdown     whichever comes first; after a shutdown the reader gets the end elsewhere
 a reader too many and one leaving  the order of arrival in this process
+a reader leaving and our shutdown  the shutdown: who is sent away has not left
 =================================  ====================================================================================
 
 A reader that does not read blocks its own ``send``; the hub bounds what it queues for it.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Protocol
 from urllib.parse import parse_qsl
 
@@ -113,12 +115,19 @@ class StreamEndpoint:
     """Answers requests for streams. One per process and event loop.
 
     Errors before the first byte are problem+json; afterwards an error ends the body, and the reader reconnects.
+    ``on_left`` is told the job of each reader that left before the end, once it is unsubscribed; not of those that we
+    sent away ourselves. It must not block.
     """
 
-    def __init__(self, settings: Settings, hub: EventHub, access: Access) -> None:
+    def __init__(
+        self, settings: Settings, hub: EventHub, access: Access, on_left: Callable[[str], None] | None = None
+    ) -> None:
         self._hub = hub
         self._access = access
+        self._on_left = on_left
         self._max_readers = settings.max_readers
+        self._max_readers_per_user = settings.max_readers_per_user
+        self._readers_of: Counter[str] = Counter()
         self._greeting = sse.retry(settings.retry_ms)
         self._streams: set[_Stream] = set()
         self._stopping = False
@@ -165,15 +174,42 @@ class StreamEndpoint:
         except PromptmillError as err:
             await send_problem(send, err)
             return
+        left = False
         try:
             if reader.finished:
                 await respond(send, 204, [(b"cache-control", b"no-store")])
             elif scope["method"] == "HEAD":
                 await respond(send, 200, _HEADERS)
             else:
-                await self._pass_on(stream, user, reader, receive, send)
+                with self._counted(reader.user or user):
+                    left = await self._pass_on(stream, user, reader, receive, send)
+        except Overloaded as err:
+            await send_problem(send, err)
         finally:
             await reader.aclose()
+        if left and self._on_left is not None:
+            self._on_left(_job_id(scope["path"]))
+
+    @contextmanager
+    def _counted(self, owner: str | None) -> Generator[None]:
+        """One reader more of a user's jobs while the block runs. Without API keys users are only names."""
+        if owner is None or self._access.is_open:
+            yield
+            return
+        if self._readers_of[owner] >= self._max_readers_per_user:
+            raise Overloaded(
+                "too many readers of this user's jobs here",
+                field="user",
+                limit=self._max_readers_per_user,
+                retry_after_s=_RETRY_WHEN_FULL_S,
+            )
+        self._readers_of[owner] += 1
+        try:
+            yield
+        finally:
+            self._readers_of[owner] -= 1
+            if not self._readers_of[owner]:
+                del self._readers_of[owner]
 
     async def _open(self, scope: Scope) -> tuple[str | None, EventReader]:
         query = _query(scope["query_string"])
@@ -188,7 +224,8 @@ class StreamEndpoint:
 
     async def _pass_on(
         self, stream: _Stream, user: str | None, reader: EventReader, receive: Receive, send: Send
-    ) -> None:
+    ) -> bool:
+        """Until the end, or until somebody goes. True where that was the reader, of a job that it may read."""
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         await send({"type": _BODY, "body": self._greeting, "more_body": True})
         watch = asyncio.create_task(stream.end_when_gone(receive))
@@ -202,7 +239,7 @@ class StreamEndpoint:
                     over = bool(frames) and frames[-1][1] in END_TYPES
                     await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": not over})
                     if over:
-                        return
+                        return False
         except PromptmillError as err:
             logger.warning("a stream ends early: %s", err)
             farewell = sse.comment("interrupted: reconnect")
@@ -212,6 +249,7 @@ class StreamEndpoint:
             farewell = sse.comment("this server is going away: reconnect")
         if not stream.gone:
             await send({"type": _BODY, "body": farewell, "more_body": False})
+        return stream.gone and not self._stopping and (user is None or reader.user == user)
 
     async def _come_again(self, send: Send, why: str) -> None:
         await respond(send, 200, _HEADERS, self._greeting + sse.comment(why))

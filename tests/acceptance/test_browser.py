@@ -182,7 +182,7 @@ async def test_a_browser_gets_every_token_once_across_a_cut_and_stops_after_the_
             await worker.ready(settings.store_url)
             async with open_gateway(settings) as service, serving(service.app, service.streams) as gateway:
                 proxy = CuttingProxy(gateway.port, b"-17")
-                async with proxy.serving() as port, httpx.AsyncClient() as http:
+                async with proxy.serving() as port, httpx.AsyncClient(timeout=60) as http:
                     answer = await http.post(
                         f"http://127.0.0.1:{gateway.port}/v1/jobs",
                         json={"prompt": "".join(words), "model": "slow"},
@@ -191,7 +191,7 @@ async def test_a_browser_gets_every_token_once_across_a_cut_and_stops_after_the_
                     assert answer.status_code == 202, answer.text
                     site.page = PAGE.replace("STREAM", f"http://127.0.0.1:{port}{answer.json()['stream_url']}")
                     async with browser(f"http://127.0.0.1:{site.port}/", tmp_path / "profile"):
-                        assert await asyncio.to_thread(site.reported.wait, 60), proxy.asked
+                        assert await asyncio.to_thread(site.reported.wait, 90), proxy.asked
     seen = site.seen["seen"]
     tokens = [data["text"] for kind, _, data in seen if kind == "token"]
     ids = [event_id for _, event_id, _ in seen]

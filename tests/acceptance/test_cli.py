@@ -9,15 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import alive, wait_gone
-from tests.support.up import PROMPTMILL, Up, environment, promptmill
+from tests.support.processes import PATIENCE_S, alive, block_until, wait_gone
+from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill
 
 PACED = "één twee drie " * 10
 
@@ -40,7 +39,7 @@ def popen(up: Up, *arguments: str) -> subprocess.Popen[bytes]:
 
 def read_some(process: subprocess.Popen[bytes]) -> bytes:
     assert process.stdout
-    ready, _, _ = select.select([process.stdout], [], [], 30)
+    ready, _, _ = select.select([process.stdout], [], [], PATIENCE_S)
     assert ready
     return os.read(process.stdout.fileno(), 65536)
 
@@ -59,7 +58,7 @@ def test_run_streams_while_the_job_runs(shared_up: Up) -> None:
         assert process.poll() is None
     finally:
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=ENDED_S)
     assert process.returncode == 130
     assert b"cancelled job " in err
     job_id = err.decode().strip().rpartition(" ")[2]
@@ -69,7 +68,7 @@ def test_run_streams_while_the_job_runs(shared_up: Up) -> None:
 def unserved() -> socket.socket:
     """A port that accepts and never answers."""
     server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(30)
+    server.settimeout(PATIENCE_S)
     return server
 
 
@@ -99,7 +98,7 @@ def test_an_interrupt_while_submitting_cancels_the_job_that_was_stored(tmp_path:
         with submitting(tmp_path, config) as process, broker.accept()[0]:
             # The broker comes after the store: the job exists, and the submit has not returned.
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=ENDED_S)
     assert process.returncode == 130
     assert "cancelled job " in err.decode()
     job_id = err.decode().strip().rpartition(" ")[2]
@@ -116,7 +115,7 @@ def test_a_second_interrupt_while_submitting_gives_up_and_says_that_a_job_may_ex
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=20)
+            _, err = process.communicate(timeout=ENDED_S)
     assert process.returncode == 130
     assert err.decode() == "interrupted while submitting, so a job may exist: `promptmill job list`\n"
 
@@ -196,7 +195,7 @@ def test_a_job_is_cancelled_from_elsewhere(shared_up: Up) -> None:
         job_id = str(json.loads(read_some(process).splitlines()[0])["job_id"])
         done = shared_up.run("job", "cancel", job_id, "--reason", "enough", "--json")
         assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "cancelled")
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=ENDED_S)
     finally:
         process.kill()
     assert process.returncode == 4
@@ -270,13 +269,15 @@ def test_without_a_store_the_error_says_what_to_start(tmp_path: Path) -> None:
 def test_a_worker_alone_finds_the_store_of_a_running_up(shared_up: Up) -> None:
     process = popen(shared_up, "worker", "--name", "extra")
     try:
-        deadline = time.monotonic() + 30
-        while "2 can claim jobs" not in shared_up.run("doctor").stdout:
+
+        def counted() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < deadline
+            return "2 can claim jobs" in shared_up.run("doctor").stdout
+
+        block_until(counted, "doctor counts it")
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=ENDED_S)
     assert process.returncode == 0
     wait_gone([process.pid])
 
@@ -288,7 +289,7 @@ def test_a_reader_that_leaves_early_gets_no_traceback(shared_up: Up) -> None:
         cwd=shared_up.home,
         env=environment(shared_up.home),
         capture_output=True,
-        timeout=60,
+        timeout=ENDED_S,
         check=False,
     )
     assert b"Traceback" not in done.stderr
@@ -313,7 +314,7 @@ def test_without_its_extra_the_command_line_says_what_to_install(tmp_path: Path)
         "main()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=ENDED_S, check=False
     )
     assert done.returncode == 6
     assert done.stderr == 'error [missing_extra]: typer not installed: pip install "promptmill[cli]"\n'

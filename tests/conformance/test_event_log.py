@@ -45,8 +45,10 @@ async def submitted(store: Store, queue_s: float = 60) -> str:
     return job.job_id
 
 
-async def claimed(store: Store, job_id: str, token: str = "claim-1", worker: str = "w1") -> Claimed:
-    got = await store.claim(job_id, token, worker, STARTED)
+async def claimed(
+    store: Store, job_id: str, token: str = "claim-1", worker: str = "w1", *, alone: bool = False
+) -> Claimed:
+    got = await store.claim(job_id, token, worker, STARTED, alone=alone)
     assert isinstance(got, Claimed)
     return got
 
@@ -234,13 +236,46 @@ async def test_a_job_that_loses_every_worker_fails_with_its_attempts_listed(stor
     job_id = await submitted(store)
     outcomes = []
     for i in range(3):
-        await claimed(store, job_id, f"c{i}", f"w{i}")
+        await claimed(store, job_id, f"c{i}", f"w{i}", alone=i == 2)
         outcomes.append(await store.requeue(job_id, dead_worker=f"w{i}", max_crashes=3))
     assert outcomes == ["queued", "queued", "failed"]
     job = await store.get(job_id)
     assert job.error is not None
     assert job.error.code == "crashed"
     assert [(a.attempt, a.outcome) for a in job.attempts] == [(1, "crashed"), (2, "crashed"), (3, "crashed")]
+
+
+async def quarantined(store: Store) -> str:
+    """A job that lost two workers and waits to be run alone."""
+    job_id = await submitted(store)
+    for i in range(2):
+        await claimed(store, job_id, f"c{i}", f"w{i}")
+        assert await store.requeue(job_id, dead_worker=f"w{i}", max_crashes=6) == "queued"
+    return job_id
+
+
+async def test_a_job_that_lost_two_workers_is_claimed_alone_only(store: Store) -> None:
+    job_id = await quarantined(store)
+    assert await store.claim(job_id, "c2", "w2", STARTED) == "alone"
+    await claimed(store, job_id, "c3", "w3", alone=True)
+    # Handed back it is still one to be run alone.
+    assert await store.requeue(job_id, claim="c3", max_crashes=6) == "queued"
+    assert await store.claim(job_id, "c4", "w4", STARTED) == "alone"
+
+
+async def test_a_job_seen_to_end_its_own_process_is_poisoned_once_and_kept_longer(store: Store) -> None:
+    job_id = await quarantined(store)
+    await claimed(store, job_id, "c3", "w3", alone=True)
+    assert await store.requeue(job_id, dead_worker="w2", max_crashes=6, poisoned=True) == "not_running"
+    assert await store.requeue(job_id, dead_worker="w3", max_crashes=6, poisoned=True, token="t") == "failed"
+    assert await store.requeue(job_id, dead_worker="w3", max_crashes=6, poisoned=True, token="t") == "failed"
+    assert await store.requeue(job_id, dead_worker="w3", max_crashes=6) == "not_running"
+    job = await store.get(job_id)
+    assert job.error is not None
+    assert (job.state, job.error.code, len(job.attempts)) == ("failed", "poisoned", 3)
+    assert sum(b'"error"' in e for e in await events(store, job_id)) == 1
+    kept_s = await store.redis.ttl(keys.record(job_id))
+    assert kept_s > keys.DEAD_TTL.total_seconds() - 60
 
 
 async def test_a_handed_back_job_costs_no_attempt(store: Store) -> None:

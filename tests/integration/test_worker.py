@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from promptmill import AsyncProducer, JobCancelled, JobFailed, Producer, keys
-from promptmill.contract import Done, Event, Progress, Restart, Token
+from promptmill.contract import Restart
 from promptmill.errors import Closed
 from promptmill.store import Store
-from tests.support.processes import wait_until
-from tests.support.simulator import Simulator
+from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.simulator import Plan, Simulator
 from tests.support.store import StoreServer, keys_without_ttl, running_store
-from tests.support.worker import worker_process
+from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
+from tests.support.worker import QUICK, worker_process
 
-QUICK = "heartbeat_s = 0.2\ndead_after_s = 1.0\n"
 MODELS = """
 [models.fast]
 type = "echo"
@@ -46,32 +46,13 @@ type = "echo"
 options = { fault = "cut", fault_after = 2 }
 """
 LONG = "word " * 40
+ENDLESS = "word " * 6000
+"""Five minutes of ``slow``: a job that still runs, however late the test comes to it."""
 
 
-def text_of(events: list[Event]) -> str:
-    """What a reader shows."""
-    text = ""
-    for event in events:
-        if isinstance(event, Restart):
-            text = ""
-        elif isinstance(event, Token):
-            text += event.text
-    return text
-
-
-async def collect(producer: AsyncProducer, job_id: str) -> list[Event]:
-    async with asyncio.timeout(40):
-        return [event async for event in producer.events(job_id)]
-
-
-def check(events: list[Event]) -> None:
-    """One end, last; ids rising; the tokens are the text."""
-    assert [e.ends for e in events] == [False] * (len(events) - 1) + [True]
-    ids = [tuple(map(int, e.id.split("-"))) for e in events if e.id]
-    assert ids == sorted(set(ids))
-    end = events[-1]
-    if isinstance(end, Done):
-        assert text_of(events) == end.text
+def simulated(sim: Simulator) -> str:
+    """A model whose answers the test plans one by one."""
+    return f'[models.sim]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "sim"\n'
 
 
 async def test_a_job_runs_and_its_tokens_are_its_text(write_config) -> None:
@@ -89,8 +70,8 @@ async def test_a_job_runs_and_its_tokens_are_its_text(write_config) -> None:
             ]:
                 job = await producer.submit(prompt, model="fast", metadata={"k": "v"})
                 events = await collect(producer, job.id)
-                check(events)
-                stored = await job.result(5)
+                check_whole(events)
+                stored = await job.result(PATIENCE_S)
                 assert stored.text == text_of(events)
                 assert (stored.state, stored.model, stored.backend) == ("succeeded", "fast", "echo")
                 assert stored.metadata == {"k": "v"}
@@ -111,10 +92,10 @@ async def test_a_failed_attempt_ends_the_job_with_its_code_and_keeps_the_text(wr
             await worker.ready(settings.store_url)
             job = await producer.submit("one two three four", model=model)
             with pytest.raises(JobFailed) as caught:
-                await job.result(20)
+                await job.result(PATIENCE_S)
             assert caught.value.code == code
             events = await collect(producer, job.id)
-            check(events)
+            check_whole(events)
             stored = await job.get()
             assert (stored.text or "") == text_of(events)
             assert [a.outcome for a in stored.attempts] == [code]
@@ -126,10 +107,10 @@ async def test_a_failure_of_the_moment_is_tried_again_before_the_first_token(wri
         async with AsyncProducer(settings) as producer:
             await worker.ready(settings.store_url)
             job = await producer.submit("x y", model="flaky")
-            stored = await job.result(20)
+            stored = await job.result(PATIENCE_S)
             assert [a.outcome for a in stored.attempts] == ["overloaded", "overloaded", "succeeded"]
             events = await collect(producer, job.id)
-            assert [e.phase for e in events if isinstance(e, Progress)] == ["queued", "started", "retrying", "retrying"]
+            assert phases(events) == ["queued", "started", "retrying", "retrying"]
             assert not any(isinstance(e, Restart) for e in events)
 
 
@@ -141,7 +122,7 @@ async def test_an_unknown_model_fails_the_job_where_the_producer_could_not_know(
             await worker.ready(settings.store_url)
             job = await producer.submit("x", model="nobody")
             with pytest.raises(JobFailed) as caught:
-                await job.result(20)
+                await job.result(PATIENCE_S)
             assert caught.value.code == "unknown_model"
             assert "fast" in caught.value.message
 
@@ -154,9 +135,9 @@ async def test_a_request_that_this_version_cannot_read_ends_its_job(write_config
         await store.redis.hset(keys.record(job.id), "request", b'{"messages": [], "from_the_future": 1}')
         with worker_process(path):
             with pytest.raises(JobFailed) as caught:
-                await job.result(20)
+                await job.result(PATIENCE_S)
             assert caught.value.code == "crashed"
-            assert (await (await producer.submit("next", model="fast")).result(20)).text == "next"
+            assert (await (await producer.submit("next", model="fast")).result(PATIENCE_S)).text == "next"
 
 
 async def test_a_second_signal_hands_running_jobs_back_at_once(write_config) -> None:
@@ -164,7 +145,7 @@ async def test_a_second_signal_hands_running_jobs_back_at_once(write_config) -> 
     async with AsyncProducer(settings) as producer:
         with worker_process(path, "first") as first:
             worker_id = await first.ready(settings.store_url)
-            jobs = await producer.submit_many([{"prompt": LONG * 3, "model": "slow"} for _ in range(20)])
+            jobs = await producer.submit_many([{"prompt": ENDLESS, "model": "slow"} for _ in range(20)])
             await wait_for_tokens(producer, jobs[-1].id, 2)
             first.signal(signal.SIGTERM)
             await wait_until(lambda: workers_are(producer, 0), "the worker drains")
@@ -180,18 +161,18 @@ async def test_a_second_signal_hands_running_jobs_back_at_once(write_config) -> 
 
 
 async def test_a_producer_that_is_closed_says_so_and_cuts_no_answer_short(write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
+    path, settings = write_config(QUICK + "drain_s = 0\n" + MODELS)
     producer = AsyncProducer(settings)
     with worker_process(path) as worker:
         await worker.ready(settings.store_url)
-        job = await producer.submit(LONG, model="slow")
+        job = await producer.submit(ENDLESS, model="slow")
         reading = asyncio.create_task(collect(producer, job.id))
         await wait_for_tokens(producer, job.id, 2)
         await producer.aclose()
         with pytest.raises(Closed):
             await reading
         with pytest.raises(Closed):
-            await job.result(5)
+            await job.result(PATIENCE_S)
         with pytest.raises(Closed):
             await producer.submit("x")
 
@@ -206,24 +187,27 @@ def test_closing_a_synchronous_producer_wakes_those_who_wait(write_config) -> No
         producer.close()
         for future in (waiting, following):
             with pytest.raises(Closed):
-                future.result(10)
+                future.result(PATIENCE_S)
     with pytest.raises(Closed):
         job.get()
 
 
 async def test_a_killed_workers_job_is_picked_up_and_the_text_begins_anew(write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
+    async with Simulator() as sim, AsyncExitStack() as stack:
+        path, settings = write_config(QUICK + simulated(sim))
+        producer = await stack.enter_async_context(AsyncProducer(settings))
+        sim.plan(text=LONG, fault="stall", after=5)
+        sim.default = Plan(text=LONG)
         first = stack.enter_context(worker_process(path, "first"))
         await first.ready(settings.store_url)
-        job = await producer.submit(LONG, model="slow")
+        job = await producer.submit("x", model="sim")
         reading = asyncio.create_task(collect(producer, job.id))
-        await wait_for_tokens(producer, job.id, 5)
+        await wait_for_tokens(producer, job.id, 1)
         first.signal(signal.SIGKILL)
         with worker_process(path, "second"):
-            stored = await job.result(30)
+            stored = await job.result(PATIENCE_S)
             events = await reading
-        check(events)
+        check_whole(events)
         assert stored.text == LONG == text_of(events)
         assert sum(isinstance(e, Restart) for e in events) == 1
         assert [a.outcome for a in stored.attempts] == ["crashed", "succeeded"]
@@ -231,27 +215,30 @@ async def test_a_killed_workers_job_is_picked_up_and_the_text_begins_anew(write_
 
 
 async def test_a_frozen_worker_that_wakes_writes_nothing_more(write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
+    async with Simulator() as sim, AsyncExitStack() as stack:
+        path, settings = write_config(QUICK + MODELS + simulated(sim))
+        producer = await stack.enter_async_context(AsyncProducer(settings))
+        sim.plan(text=ENDLESS, rate=20)
+        sim.default = Plan(text=LONG, rate=20)
         workers = [stack.enter_context(worker_process(path, name)) for name in ("first", "second")]
         ids = [await worker.ready(settings.store_url) for worker in workers]
-        job = await producer.submit(LONG, model="slow")
+        job = await producer.submit("x", model="sim")
         reading = asyncio.create_task(collect(producer, job.id))
         await wait_for_tokens(producer, job.id, 5)
         store = await producer.store()
         held = [bool(await store.redis.sismember(keys.claims(worker_id), job.id)) for worker_id in ids]
         frozen, other = workers if held[0] else reversed(workers)
         frozen.signal(signal.SIGSTOP)
-        await wait_until(lambda: attempt_is(producer, job.id, 2), "the other worker has the job", timeout_s=30)
+        await wait_until(lambda: attempt_is(producer, job.id, 2), "the other worker has the job")
         frozen.signal(signal.SIGCONT)
-        stored = await job.result(30)
+        stored = await job.result(PATIENCE_S)
         events = await reading
-        check(events)
+        check_whole(events)
         assert stored.text == LONG == text_of(events)
         # The woken worker is alive and serves again.
         await wait_until(lambda: workers_are(producer, 2), "both workers are ready")
         other.stop()
-        assert (await (await producer.submit("again", model="fast")).result(20)).text == "again"
+        assert (await (await producer.submit("again", model="fast")).result(PATIENCE_S)).text == "again"
 
 
 async def test_a_terminated_worker_lets_its_job_finish_and_claims_no_other(write_config) -> None:
@@ -264,41 +251,42 @@ async def test_a_terminated_worker_lets_its_job_finish_and_claims_no_other(write
         worker.signal(signal.SIGTERM)
         await wait_until(lambda: workers_are(producer, 0), "the worker says that it drains")
         late = await producer.submit("late", model="fast")
-        stored = await job.result(20)
+        stored = await job.result(PATIENCE_S)
         assert [a.outcome for a in stored.attempts] == ["succeeded"]
         await wait_until(lambda: worker.process.poll() is not None, "the worker ended")
         assert worker.process.returncode == 0
         assert (await late.get()).state == "queued"
         with worker_process(path, "next"):
-            assert (await late.result(20)).text == "late"
+            assert (await late.result(PATIENCE_S)).text == "late"
 
 
 async def test_past_the_drain_limit_a_job_is_handed_back_at_once(write_config) -> None:
-    path, settings = write_config(QUICK + "drain_s = 0.2\n" + MODELS)
-    async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
+    async with Simulator() as sim, AsyncExitStack() as stack:
+        path, settings = write_config(QUICK + "drain_s = 0.2\n" + simulated(sim))
+        producer = await stack.enter_async_context(AsyncProducer(settings))
+        sim.plan(text=LONG, fault="stall", after=5)
+        sim.default = Plan(text=LONG)
         first = stack.enter_context(worker_process(path, "first"))
         second = stack.enter_context(worker_process(path, "second"))
         holder = {await first.ready(settings.store_url): first, await second.ready(settings.store_url): second}
-        job = await producer.submit(LONG, model="slow")
-        await wait_for_tokens(producer, job.id, 5)
+        job = await producer.submit("x", model="sim")
+        await wait_for_tokens(producer, job.id, 1)
         store = await producer.store()
         for worker_id, worker in holder.items():
             if await store.redis.sismember(keys.claims(worker_id), job.id):
                 worker.signal(signal.SIGTERM)
-        stored = await job.result(30)
+        stored = await job.result(PATIENCE_S)
         events = await collect(producer, job.id)
-        check(events)
+        check_whole(events)
         assert stored.text == LONG == text_of(events)
-        assert [e.phase for e in events if isinstance(e, Progress)] == ["queued", "started", "requeued", "started"]
+        assert phases(events) == ["queued", "started", "requeued", "started"]
         assert stored.attempt == 1, "a hand-back costs no attempt"
 
 
 async def test_a_cancelled_job_ends_at_once_and_its_connection_is_closed(write_config) -> None:
     async with Simulator() as sim:
-        model = (
-            f'[models.sim]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "sim:tokens=500,rate=20"\n'
-        )
-        path, settings = write_config(QUICK + model)
+        sim.plan(text=ENDLESS, rate=20)
+        path, settings = write_config(QUICK + simulated(sim))
         async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
             worker = stack.enter_context(worker_process(path))
             await worker.ready(settings.store_url)
@@ -307,14 +295,12 @@ async def test_a_cancelled_job_ends_at_once_and_its_connection_is_closed(write_c
             await wait_for_tokens(producer, job.id, 3)
             assert sim.open_connections > 0
             assert (await job.cancel("enough")).state == "cancelled"
-            await wait_until(
-                lambda: sim.requests[0].outcome == "client_disconnected", "the provider sees us leave", timeout_s=5
-            )
+            await wait_until(lambda: sim.requests[0].outcome == "client_disconnected", "the provider sees us leave")
             events = await reading
-            check(events)
+            check_whole(events)
             assert events[-1].type == "cancelled"
             with pytest.raises(JobCancelled):
-                await job.result(5)
+                await job.result(PATIENCE_S)
             assert (await job.cancel("again")).state == "cancelled"
 
 
@@ -326,7 +312,7 @@ async def test_a_queued_job_can_be_cancelled_and_never_runs(write_config) -> Non
         with worker_process(path) as worker:
             await worker.ready(settings.store_url)
             other = await producer.submit("y", model="fast")
-            await other.result(20)
+            await other.result(PATIENCE_S)
             assert (await job.get()).attempts == []
             assert (await job.get()).state == "cancelled"
 
@@ -338,7 +324,7 @@ async def test_a_lost_message_is_sent_again(write_config) -> None:
         store = await producer.store()
         assert await store.redis.delete("promptmill.api") == 1
         with worker_process(path):
-            assert (await job.result(30)).text == "lost"
+            assert (await job.result(PATIENCE_S)).text == "lost"
 
 
 async def test_a_doubled_message_runs_the_job_once(write_config) -> None:
@@ -349,9 +335,9 @@ async def test_a_doubled_message_runs_the_job_once(write_config) -> None:
         message = await store.redis.lindex("promptmill.api", 0)
         await store.redis.lpush("promptmill.api", *[message] * 5)
         with worker_process(path):
-            stored = await job.result(30)
+            stored = await job.result(PATIENCE_S)
             assert [a.outcome for a in stored.attempts] == ["succeeded"]
-            check(await collect(producer, job.id))
+            check_whole(await collect(producer, job.id))
 
 
 async def test_a_job_expires_unstarted_even_without_any_worker(write_config) -> None:
@@ -360,7 +346,7 @@ async def test_a_job_expires_unstarted_even_without_any_worker(write_config) -> 
         job = await producer.submit("x", model="fast", timeouts={"queue_s": 0.2})
         await asyncio.sleep(0.3)  # the deadline is the store's clock's, nothing to wait on
         with worker_process(path), pytest.raises(JobFailed) as caught:
-            await job.result(30)
+            await job.result(PATIENCE_S)
         assert caught.value.code == "expired"
         assert (await job.get()).state == "expired"
 
@@ -412,21 +398,12 @@ async def test_a_store_that_restarts_under_load_loses_and_doubles_nothing(tmp_pa
                 await wait_until(lambda: server.process is None or server.process.poll() is not None, "the store ended")
             server.start()
             for events in await asyncio.gather(*readings):
-                check(events)
+                check_whole(events)
                 assert text_of(events) == LONG
                 assert not any(isinstance(e, Restart) for e in events), "no job was given up for an outage"
             for job in jobs:
-                assert (await job.result(10)).text == LONG
+                assert (await job.result(PATIENCE_S)).text == LONG
             assert keys_without_ttl(server.url) == []
-
-
-async def wait_for_tokens(producer: AsyncProducer, job_id: str, count: int) -> None:
-    seen = 0
-    async with asyncio.timeout(20), aclosing(producer.events(job_id)) as events:
-        async for event in events:
-            seen += isinstance(event, Token)
-            if seen >= count:
-                return
 
 
 async def attempt_is(producer: AsyncProducer, job_id: str, attempt: int) -> bool:
@@ -468,9 +445,9 @@ async def test_a_structured_answer_is_checked_before_the_job_counts_as_succeeded
             wanted = {"type": "json_schema", "json_schema": schema}
             job = await producer.submit(answer, model="fast", response_format=wanted)
             if code is None:
-                assert (await job.result(20)).text == answer
+                assert (await job.result(PATIENCE_S)).text == answer
                 return
             with pytest.raises(JobFailed) as failed:
-                await job.result(20)
+                await job.result(PATIENCE_S)
             assert failed.value.code == code
             assert says in failed.value.message

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
+from typing import Final, TypeVar
 
 import psutil
+
+PATIENCE_S: Final = 60.0
+"""How long a test waits for what must come: a machine that does other things may stop us for seconds."""
+_PAUSE_S: Final = 0.02
+
+T = TypeVar("T")
 
 
 def alive(pid: int) -> bool:
@@ -24,18 +32,35 @@ def tree(pid: int) -> set[int]:
     return {pid, *(child.pid for child in process.children(recursive=True))}
 
 
-def wait_gone(pids: Iterable[int], timeout_s: float = 15) -> None:
+def wait_gone(pids: Iterable[int], timeout_s: float = PATIENCE_S) -> None:
     """Until none of ``pids`` runs; fails with those that still do."""
     deadline = time.monotonic() + timeout_s
     left = set(pids)
     while left := {pid for pid in left if alive(pid)}:
-        if time.monotonic() > deadline:
-            names = {pid: " ".join(psutil.Process(pid).cmdline())[:120] for pid in left}
-            raise AssertionError(f"still alive after {timeout_s} s: {names}")
-        time.sleep(0.02)
+        assert time.monotonic() < deadline, f"still alive after {timeout_s} s: {_command_lines(left)}"
+        time.sleep(_PAUSE_S)
 
 
-async def wait_until(condition: Callable[[], bool | Awaitable[bool]], description: str, timeout_s: float = 15) -> None:
+def _command_lines(pids: set[int]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):  # it ended after all
+            found[pid] = " ".join(psutil.Process(pid).cmdline())[:120]
+    return found
+
+
+def block_until(condition: Callable[[], T], description: str, timeout_s: float = PATIENCE_S) -> T:
+    """What ``condition()`` answers as soon as that is true; fails with ``description``. For synchronous tests."""
+    deadline = time.monotonic() + timeout_s
+    while not (held := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {description}"
+        time.sleep(_PAUSE_S)
+    return held
+
+
+async def wait_until(
+    condition: Callable[[], bool | Awaitable[bool]], description: str, timeout_s: float = PATIENCE_S
+) -> None:
     """Until ``condition()`` holds; fails with ``description``."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -43,4 +68,4 @@ async def wait_until(condition: Callable[[], bool | Awaitable[bool]], descriptio
         if await held if isawaitable(held) else held:
             return
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {description}"
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(_PAUSE_S)

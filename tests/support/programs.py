@@ -19,6 +19,7 @@ import pytest
 
 from promptmill_workers.backends.base import Backend, Call, Item, TextDelta
 from promptmill_workers.deadlines import Deadlines
+from tests.support.processes import PATIENCE_S
 from tests.support.simulator import Plan, RequestRecord, Simulator
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def descendants() -> list[psutil.Process]:
     return found
 
 
-async def wait_for_none(before: set[int], timeout_s: float = 5) -> None:
+async def wait_for_none(before: set[int], timeout_s: float = PATIENCE_S) -> None:
     """Until nothing runs below this process but what ran ``before``; fails with what still does."""
     deadline = time.monotonic() + timeout_s
     while left := [process for process in descendants() if process.pid not in before]:
@@ -88,7 +89,7 @@ async def wait_for_none(before: set[int], timeout_s: float = 5) -> None:
 
 
 @asynccontextmanager
-async def leaving_none(timeout_s: float = 5) -> AsyncIterator[None]:
+async def leaving_none(timeout_s: float = PATIENCE_S) -> AsyncIterator[None]:
     """What is started within is gone soon after."""
     before = {process.pid for process in descendants()}
     yield

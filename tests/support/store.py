@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +40,10 @@ class StoreServer:
         self._append_only = append_only
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
+    def start(self, *options: str) -> None:
+        """Start it, with further ``options``, and wait until it answers."""
         command = [_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--dir", str(self._directory), "--appendonly", "yes" if self._append_only else "no"]
+        command += ["--dir", str(self._directory), "--appendonly", "yes" if self._append_only else "no", *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with redis.Redis(port=self.port) as client:
             while True:
@@ -50,6 +51,7 @@ class StoreServer:
                 try:
                     client.ping()
                 except redis.ConnectionError:
+                    time.sleep(0.01)  # not in its way while it starts
                     continue
                 return
 

@@ -17,7 +17,9 @@ from typing import Any
 from tests.support.processes import tree, wait_gone
 
 PROMPTMILL = (sys.executable, "-m", "promptmill.cli.app")
-READY_S = 60.0
+READY_S = 90.0
+ENDED_S = 90.0
+"""How long one command may take on a machine that starts several at once."""
 
 
 def environment(home: Path, **variables: str) -> dict[str, str]:
@@ -37,7 +39,7 @@ def promptmill(
         env=environment(home, **variables),
         input=given,
         capture_output=True,
-        timeout=60,
+        timeout=ENDED_S,
         check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
@@ -77,7 +79,7 @@ class Up:
         ready, _, _ = select.select([self.process.stdout], [], [], READY_S)
         assert ready, f"nothing within {READY_S} s\n{self.err}"
         line = self.process.stdout.readline()
-        assert line, f"ended with {self.process.wait(10)}\n{self.err}"
+        assert line, f"ended with {self.process.wait(ENDED_S)}\n{self.err}"
         self.about = json.loads(line)
         self.look()
         return self
@@ -102,7 +104,7 @@ class Up:
         """A client command that finds this `up` by its data directory."""
         return promptmill(*arguments, "--data-dir", str(self.data_dir), home=self.home, stdin=stdin)
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = ENDED_S) -> int:
         """Send a signal and wait for the end. Returns the exit code."""
         self.process.send_signal(number)
         return self.process.wait(timeout_s)
@@ -113,7 +115,7 @@ class Up:
             if self.about:
                 self.look()
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(ENDED_S)
         assert self.process.stdout
         self.process.stdout.close()
         wait_gone(self.seen)

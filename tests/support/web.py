@@ -16,9 +16,7 @@ from promptmill_relay.problem import ASGIApp
 from promptmill_relay.server import Service, StreamServer
 from promptmill_relay.stream import StreamEndpoint
 from tests.support.event_source import EventSourceParser, Message
-from tests.support.processes import wait_until
-
-TIMEOUT_S = 10.0
+from tests.support.processes import PATIENCE_S, wait_until
 
 
 @dataclass
@@ -120,7 +118,7 @@ class Exchange:
         """The body ended properly, with its last chunk."""
 
     async def read_head(self) -> None:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(PATIENCE_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
         lines = head.decode("latin-1").split("\r\n")
         self.status = int(lines[0].split(" ")[1])
@@ -128,7 +126,7 @@ class Exchange:
 
     async def read_chunk(self) -> bytes:
         """The next piece of a chunked body; empty at its proper end."""
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(PATIENCE_S):
             size = int(await self.reader.readuntil(b"\r\n"), 16)
             data = await self.reader.readexactly(size + 2)
         self.ended = size == 0
@@ -137,7 +135,7 @@ class Exchange:
     async def body(self) -> bytes:
         """The rest of the body, whichever way it is framed."""
         if "content-length" in self.headers:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(PATIENCE_S):
                 return await self.reader.readexactly(int(self.headers["content-length"]))
         pieces: list[bytes] = []
         while self.headers.get("transfer-encoding") == "chunked" and not self.ended:

@@ -14,6 +14,9 @@ from promptmill.heartbeat import read_beats
 from promptmill.store import Store
 from tests.support.processes import wait_until
 
+QUICK = "heartbeat_s = 0.5\ndead_after_s = 3.0\n"
+"""For tests that wait until a worker counts as dead. Shorter, a live one looks dead on a busy machine."""
+
 
 class WorkerProcess:
     """``python -m promptmill_workers`` with a configuration file; its output goes to ``log``."""
@@ -46,7 +49,7 @@ class WorkerProcess:
             return bool(found)
 
         try:
-            await wait_until(beats, f"worker {self.name} is ready", timeout_s=30)
+            await wait_until(beats, f"worker {self.name} is ready")
         finally:
             await store.aclose()
         return found[0]

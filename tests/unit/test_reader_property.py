@@ -142,7 +142,7 @@ class Job:
     def execute(self, command: Sequence[Any]) -> Any:
         match command:
             case ("XRANGE", _, str(after), "+", "COUNT", int(count)):
-                found = [(f.id, [b"e", f.data]) for f in self.behind(EventId.parse(after[1:]))] if self.log else []
+                found = [(f.id, [b"e", f.data]) for f in self.since(EventId.parse(after))] if self.log else []
                 return found[:count]
             case ("EXISTS", _):
                 return int(self.log)
@@ -152,6 +152,9 @@ class Job:
 
     def behind(self, after: EventId) -> list[Frame]:
         return [f for f in self.events if EventId.read(f.id or b"") > after]
+
+    def since(self, first: EventId) -> list[Frame]:
+        return [f for f in self.events if EventId.read(f.id or b"") >= first]
 
     def row(self) -> list[bytes | None]:
         state = {"state": self.state, "epoch": str(self.epoch)}
@@ -290,7 +293,7 @@ class Client:
         """What came so far is right; where the stream closed, it is whole."""
         job = self.world.job
         due = job.behind(self.start)
-        got = self.frames
+        got = self._behind_the_unknown()
         same = next((i for i, (a, b) in enumerate(zip(got, due, strict=False)) if a != b), min(len(got), len(due)))
         rest = got[same:]
         if rest:
@@ -303,6 +306,18 @@ class Client:
             known = [f for f in job.events if EventId.read(f.id or b"") <= self.start]
             if self.start == START or (known and known[-1].id == bytes(self.start)):
                 assert text_of(known + got) == text_of(job.events)
+
+    def _behind_the_unknown(self) -> list[Frame]:
+        """What came, without the void and the text that stand before it where the log never held our start."""
+        got, job = self.frames, self.world.job
+        known = [f for f in job.events if EventId.read(f.id or b"") <= self.start]
+        if self.start == START or (known and known[-1].id == bytes(self.start)):
+            return got
+        spoken = {b"restart", b"token"}
+        head = next((i for i, f in enumerate(got) if f.id is not None or f.type not in spoken), len(got))
+        if 0 < head < len(got) and job.log:
+            assert text_of(got[:head]) == text_of(known)
+        return got[head:]
 
     def _check_late(self, rest: list[Frame], known: EventId) -> None:
         """After the log was deleted: the text whole, where it is not known already, and the end."""

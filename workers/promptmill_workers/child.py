@@ -31,7 +31,7 @@ _EXIT_TERMINATED: Final = 128 + signal.SIGTERM
 
 def main() -> None:
     """Serve the one order. Never returns."""
-    output = _take_output()
+    output = take_output()
     order = Order.model_validate_json(_take_input())
     take_variables(order.variables)
     asyncio.run(_to_the_end(order, output))
@@ -45,7 +45,7 @@ async def _to_the_end(order: Order, output: IO[bytes]) -> None:
     os._exit(code)
 
 
-def _take_output() -> IO[bytes]:
+def take_output() -> IO[bytes]:
     """Standard output for us alone: what a library prints goes to standard error, or it would garble the protocol.
 
     The copy is not inherited by programs that the backend starts.

@@ -1,9 +1,10 @@
 """Celery's side of a worker process: it brings messages, on a pool of threads that wait.
 
 The only module of the workers that knows Celery. One thin task: it carries a job's id to the engine's event loop and
-waits there. Nothing is prefetched, so a message waits in the broker until a slot is free for it. Messages are not
-acknowledged at all on Redis: one that dies with its worker is sent again by the sweep, and kombu's bookkeeping of
-unacknowledged messages costs more than the rest of a job's way through Celery.
+waits there. A message waits in the broker until a slot is free for it: a queue for which there is no room is not
+consumed. On Redis messages are not acknowledged at all: one that dies with its worker is sent again by the sweep, and
+kombu's bookkeeping of unacknowledged messages costs more than the rest of a job's way through Celery. On RabbitMQ each
+is acknowledged as soon as its job has a slot.
 """
 
 from __future__ import annotations
@@ -11,21 +12,31 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 from celery import signals
+from celery.concurrency.thread import TaskPool
+from celery.exceptions import WorkerShutdown
 from celery.worker import WorkController
+from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request
-from kombu.entity import Queue
 
-from promptmill.enqueue import make_app
+from promptmill.enqueue import broker_queue, foreign_queue, is_amqp, make_app
 from promptmill.queues import TASK_NAME, queues_of
 from promptmill.settings import Settings
+from promptmill_workers.capacity import Capacity
 from promptmill_workers.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 _JOIN_TIMEOUT_S: Final = 5.0
+_PREFETCH: Final = 1
+"""How many messages of a queue RabbitMQ sends before the first is acknowledged."""
+_LOOK_AGAIN_S: Final = 1.0
+_HELD_BACK_POLL_S: Final = 0.1
+"""kombu asks Redis for the next message once a second, and asks for more queues only then."""
+_EXIT_FOREIGN_QUEUE: Final = 1
 
 
 class _Hint(Request):
@@ -34,48 +45,105 @@ class _Hint(Request):
     acknowledged = True
 
 
+class _Pool(TaskPool):
+    """Celery's threads, with every message counted from its arrival to its end."""
+
+    capacity: Capacity
+    follow: Callable[[], None]
+    follow_soon: Callable[[], None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Two more than slots: each queue of RabbitMQ can bring a message that is to go back at once.
+        self.executor = ThreadPoolExecutor(max_workers=self.limit + 2)
+
+    def on_apply(self, target: Any, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Runs in Celery's own thread, before the next message is asked for or this one is acknowledged."""
+        request = args[2]
+        queue = request["delivery_info"]["routing_key"]
+        request["had_room"] = self.capacity.take(queue)
+        result: Any = super().on_apply(target, args, *others, **options)
+        ended: Future[Any] = result.f
+        ended.add_done_callback(lambda _: self._done(queue))
+        self.follow()
+        return result
+
+    def _done(self, queue: str) -> None:
+        self.capacity.give(queue)
+        self.follow_soon()
+
+
+class _CeleryConsumer(CeleryConsumer):
+    """Celery's consumer without what we do not use, and with an end where the broker's queues are not ours."""
+
+    class Blueprint(CeleryConsumer.Blueprint):
+        # Would make 28 queues on RabbitMQ for delays of Celery's.
+        default_steps: Any = [  # noqa: RUF012 - as Celery has it
+            step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in str(step)
+        ]
+
+    def on_connection_error_after_connected(self, exc: Any) -> None:
+        """Celery would try again for ever, and say no more than that the connection was lost."""
+        if foreign := foreign_queue(exc):
+            logger.critical("this worker ends: %s", foreign)
+            raise WorkerShutdown(_EXIT_FOREIGN_QUEUE)
+        super().on_connection_error_after_connected(exc)  # pyright: ignore[reportUnknownMemberType]
+
+
 class Consumer:
     """A Celery worker in a thread of its own; ``on_ready`` is called there once it consumes."""
 
     def __init__(self, engine: Engine, settings: Settings, on_ready: Callable[[], None]) -> None:
         self._queues = queues_of(engine.family)
+        self._amqp = is_amqp(settings.queue_url)
         self._app = self._make_app(engine, settings, self._queues)
         self._on_ready = on_ready
         self._controller: Any = WorkController(
             app=self._app,
             hostname=engine.worker_id,
-            pool_cls="threads",
+            pool_cls=_Pool,
+            consumer_cls=_CeleryConsumer,
             concurrency=settings.concurrency,
             loglevel=settings.log_level.upper(),
-            queues=",".join(self._queues),
+            queues=self._queues[0],  # the other one once this is looked at, as after a pause
             without_heartbeat=True,
             without_mingle=True,
             without_gossip=True,
             ready_callback=self._ready,
         )
+        self._controller.consumer.initial_prefetch_count = _PREFETCH
+        self._capacity = Capacity(settings.concurrency, self._queues[1], settings.batch_share)
+        pool = self._controller.pool
+        pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
+        self._paused = False
+        self._held_back = True
+        """Whether a queue is not consumed; while none is, the end of a job needs no look at the queues."""
         self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
         self.failed = False
 
     @staticmethod
     def _make_app(engine: Engine, settings: Settings, queues: tuple[str, ...]) -> Any:
         app = make_app(settings.queue_url)
-        # On AMQP the bound on unacknowledged messages is the only one there is.
-        unacknowledged = not settings.queue_url.startswith("amqp")
         app.conf.update(
-            task_queues=[Queue(name, routing_key=name, no_ack=unacknowledged) for name in queues],
+            task_queues=[broker_queue(name, settings.queue_url) for name in queues],
             task_acks_late=False,
-            worker_disable_prefetch=True,
             worker_prefetch_multiplier=1,
+            worker_enable_prefetch_count_reduction=False,
             worker_hijack_root_logger=False,
             worker_send_task_events=False,
             worker_cancel_long_running_tasks_on_connection_loss=False,
             broker_connection_max_retries=None,
         )
+        message = Request if is_amqp(settings.queue_url) else _Hint
 
-        @app.task(name=TASK_NAME, bind=True, ignore_result=True, Request=_Hint if unacknowledged else Request)
+        @app.task(name=TASK_NAME, bind=True, ignore_result=True, Request=message)
         def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
-            delivery: dict[str, Any] = task.request.delivery_info or {}
-            engine.serve(job_id, delivery.get("routing_key") or queues[0])
+            queue = task.request.delivery_info["routing_key"]
+            if task.request.had_room:
+                engine.serve(job_id, queue)
+            else:
+                # On its way already when the last slot was taken: another worker may have one.
+                engine.enqueuer.send_from_thread([(job_id, queue)])
 
         return app
 
@@ -91,13 +159,61 @@ class Consumer:
     def _ready(self, consumer: Any) -> None:
         worker_ready: Any = signals.worker_ready
         worker_ready.send(sender=consumer)  # Flower and other listeners expect what Celery's own worker says
+        self._follow()
         self._on_ready()
+
+    # -- which queues are consumed ------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Consume the queues for which there is room, and no other. Only in Celery's thread.
+
+        What is selected here also holds after a reconnect, so an error may leave this half done.
+        """
+        self._held_back = True  # a slot that gets free while we look must have us look again
+        consumer = self._controller.consumer
+        queues: Any = self._app.amqp.queues
+        wanted = self._wanted(consumer)
+        for position, name in enumerate(self._queues):
+            if name not in wanted and name in queues.consume_from:
+                self._leave(consumer, name)
+            elif name in wanted and name not in queues.consume_from:
+                # Redis serves queues in the order in which they were added: the later ones come off and on again.
+                for later in self._queues[position + 1 :]:
+                    self._leave(consumer, later)
+                consumer.task_consumer.add_queue(queues.select_add(queues[name]))
+                consumer.task_consumer.consume()
+        self._held_back = len(wanted) < len(self._queues)
+        if not self._amqp:
+            channel = consumer.task_consumer.channel
+            channel.brpop_timeout = _HELD_BACK_POLL_S if self._held_back else channel.connection.brpop_timeout
+
+    def _leave(self, consumer: Any, name: str) -> None:
+        self._app.amqp.queues.deselect(name)
+        consumer.task_consumer.cancel_by_queue(name)
+
+    def _wanted(self, consumer: Any) -> list[str]:
+        """The queues to consume now."""
+        if self._paused:
+            return []
+        interactive, batch = self._queues
+        wanted = [name for name in self._queues if self._capacity.has_room(name)]
+        if self._amqp and batch in wanted and batch not in self._app.amqp.queues.consume_from:
+            # RabbitMQ serves its queues side by side. The last free slot goes to a job of the first one, if one waits.
+            waiting = consumer.task_consumer.channel.queue_declare(queue=interactive, passive=True).message_count
+            if waiting and self._capacity.free == 1:
+                wanted.remove(batch)
+                consumer.timer.call_after(_LOOK_AGAIN_S, self._follow)
+        return wanted
+
+    def _follow_soon(self) -> None:
+        """As :meth:`_follow`, from any thread, where something may have changed. Returns at once."""
+        if self._held_back and not self._paused:
+            self._controller.consumer.call_soon(self._follow)
 
     def pause(self) -> None:
         """Take no more messages. Returns at once; a message already popped may still arrive."""
-        consumer = self._controller.consumer
-        for queue in self._queues:
-            consumer.call_soon(consumer.cancel_task_queue, queue)
+        self._paused = True
+        self._controller.consumer.call_soon(self._follow)
 
     def stop(self) -> bool:
         """End the thread, when no job runs any more; True where it ended in time. Blocks: call it from a thread."""

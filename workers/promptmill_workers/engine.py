@@ -28,6 +28,7 @@ from promptmill.usage import warm
 from promptmill.watch import Watcher
 from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
+from promptmill_workers.quarantine import Quarantine
 from promptmill_workers.runner import Runner
 from promptmill_workers.writer import Writer
 
@@ -73,8 +74,8 @@ class Engine:
         self._handing_back: dict[str, str] = {}
 
     @classmethod
-    async def start(cls, settings: Settings, name: str, family: str = API_FAMILY) -> Engine:
-        """Connect and begin to beat.
+    async def start(cls, settings: Settings, name: str, family: str = API_FAMILY, *, alone: bool = False) -> Engine:
+        """Connect and begin to beat. ``alone``: it runs what lost other workers, and watches nobody.
 
         Raises
         ------
@@ -92,6 +93,12 @@ class Engine:
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
         engine.runner.renew = engine._renew_registry
+        if alone:
+            engine.state = "quarantine"
+            engine.runner.alone = True
+        else:
+            engine.quarantine = Quarantine(settings, name, family, engine._convict)
+            engine.runner.quarantine = engine.quarantine.run
         configure(settings.guard_level)
         await engine.live.refresh(engine.store, renew=True)
         engine.runner.registry = engine.watcher.registry = engine.live.registry
@@ -101,9 +108,10 @@ class Engine:
             asyncio.create_task(engine._heart(), name="heartbeat"),
             asyncio.create_task(engine._follow_registry(), name="registry"),
             asyncio.create_task(engine._control(), name="control"),
-            asyncio.create_task(engine.watcher.run(), name="watcher"),
             asyncio.create_task(engine.runner.traffic.run(), name="traffic"),
         ]
+        if not alone:
+            engine._tasks.append(asyncio.create_task(engine.watcher.run(), name="watcher"))
         return engine
 
     store: Store
@@ -111,6 +119,7 @@ class Engine:
     writer: Writer
     runner: Runner
     watcher: Watcher
+    quarantine: Quarantine | None = None
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
@@ -147,6 +156,21 @@ class Engine:
                 await self.runner.run(job_id)
         finally:
             self._serving.discard(task)
+
+    async def run_alone(self, job_id: str) -> None:
+        """Run a job of the quarantine to its end."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker
+        self._serving.add(task)
+        try:
+            await self._alive()
+            await self.runner.run(job_id)
+        finally:
+            self._serving.discard(task)
+
+    async def _convict(self, worker_id: str) -> None:
+        """A quarantine process was seen to die with a job in it, whose fault it then is."""
+        await self.runner.patiently(lambda: self.watcher.settle(worker_id, poisoned=True))
 
     async def _alive(self) -> None:
         """A process that was frozen may have been declared dead: it beats before it claims anything."""
@@ -332,6 +356,8 @@ class Engine:
 
     async def aclose(self) -> None:
         """Stop beating and close everything. Jobs that still run are left to the watchers."""
+        if self.quarantine is not None:
+            await self.quarantine.aclose()
         tasks = [*self._tasks, *self._using]
         for task in tasks:
             task.cancel()

@@ -43,6 +43,13 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
         Redis is not there or not usable at the start.
     """
     watch_lifeline()
+    prepare_process(settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_to_the_end(settings, name, family))
+
+
+def prepare_process(settings: Settings) -> None:
+    """What holds for a whole process that runs jobs: what its logs may show, and how many files it may open."""
     # At debug the SDK writes whole requests, prompts and all, and no level of ours may show a prompt.
     logging.getLogger("anthropic").setLevel(logging.INFO)
     raise_file_limit()
@@ -52,8 +59,6 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         for handler in logging.getLogger().handlers:
             handler.addFilter(_without_foreign_traces)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_to_the_end(settings, name, family))
 
 
 async def _to_the_end(settings: Settings, name: str, family: str) -> int:

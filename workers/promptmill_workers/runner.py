@@ -23,7 +23,7 @@ from promptmill.heartbeat import ready_workers
 from promptmill.registry import Registry
 from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
-from promptmill.store import Claimed, Store
+from promptmill.store import Claimed, ClaimRefusal, Store
 from promptmill.store.head import record_ttl_ms
 from promptmill.store.tries import CLAIM_CHARS
 from promptmill.traffic import Traffic
@@ -88,6 +88,10 @@ class Runner:
         self._waiting: Counter[str] = Counter()
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.running: dict[str, RunningJob] = {}
+        self.alone = False
+        """Whether this process runs one job at a time, of those that lost other workers."""
+        self.quarantine: Callable[[str], Awaitable[None]] | None = None
+        """Runs such a job in a process of its own."""
         writer.on_fenced = self._on_fenced
 
     async def aclose(self) -> None:
@@ -115,8 +119,10 @@ class Runner:
     async def run(self, job_id: str) -> None:
         """Serve one message: claim the job if it still waits, and run it to its end."""
         claim = keys.new_token()
-        claimed = await self._patiently(lambda: self._claim(job_id, claim))
-        if claimed is None:
+        claimed = await self.patiently(lambda: self._claim(job_id, claim))
+        if claimed == "alone" and self.quarantine is not None:
+            await self.quarantine(job_id)
+        if isinstance(claimed, str):
             return
         log = self._writer.open(job_id, claim, claimed.epoch)
         job = self.running[job_id] = RunningJob(job_id, claim, log, claimed.tries)
@@ -147,8 +153,10 @@ class Runner:
         if job.stop_reason != "handback":
             self._store.forget_claim(job_id, self._worker_id)
 
-    async def _claim(self, job_id: str, claim: str) -> Claimed | None:
-        claimed = await self._store.claim(job_id, claim, self._worker_id, Progress(phase="started"))
+    async def _claim(self, job_id: str, claim: str) -> Claimed | ClaimRefusal:
+        message = "in quarantine: it lost its worker before" if self.alone else None
+        event = Progress(phase="started", message=message)
+        claimed = await self._store.claim(job_id, claim, self._worker_id, event, alone=self.alone)
         if not isinstance(claimed, str):
             return claimed
         logger.debug("job %s not claimed: %s", job_id, claimed)
@@ -156,9 +164,9 @@ class Runner:
             await self._store.expire(job_id, keys.new_token())
         if job_id not in self.running:
             self._store.forget_claim(job_id, self._worker_id)
-        return None
+        return claimed
 
-    async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
+    async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
         """Repeat an idempotent act until the store answers: a job is not given up because Redis is away."""
         backoff = 0.05
         while True:
@@ -217,7 +225,7 @@ class Runner:
         except BadRequest:
             if self.renew is None:
                 raise
-            await self._patiently(self.renew)
+            await self.patiently(self.renew)
             if self.registry is before:
                 raise
         return decide(self.registry, request)
@@ -253,7 +261,7 @@ class Runner:
                 wait_s=wait_s,
             )
 
-        await self._patiently(hand_on)
+        await self.patiently(hand_on)
         if tries is not None:
             self.booker.soon(job.job_id)
 
@@ -314,7 +322,7 @@ class Runner:
                 self._writer.suspect()
                 raise
 
-        if await self._patiently(finish):
+        if await self.patiently(finish):
             self.booker.soon(job.job_id)
             return
         logger.info("job %s was ended or taken by somebody else", job.job_id)

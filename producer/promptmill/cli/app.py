@@ -11,7 +11,7 @@ import typer
 
 from promptmill.errors import PromptmillError
 
-from . import demo, doctor, exits, job, models, output, parts, up, usage
+from . import dead, demo, doctor, exits, job, models, output, parts, up, usage
 from . import run as run_command
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(up.up)
 app.command()(run_command.run)
+job.app.add_typer(dead.app, name="dead")
 app.add_typer(job.app, name="job")
 app.add_typer(models.app, name="models")
 app.add_typer(usage.app, name="usage")

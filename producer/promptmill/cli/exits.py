@@ -3,14 +3,15 @@
 ====  ==================  ======================================================================================
 code  name                when
 ====  ==================  ======================================================================================
-0     OK                  done; for ``run``, ``models test`` and ``job stream``: the job succeeded
-1     FAILED              the job failed or expired; ``doctor``: something that is configured does not work;
+0     OK                  done; for ``run``, ``models test`` and ``job stream``: the job succeeded; for ``batch run`` and
+                          ``batch watch``: every line did
+1     FAILED              the job, or a line of the batch, failed or expired; ``doctor``: something that is configured does not work;
                           ``usage verify``: a sum is not that of its entries
 2     USAGE               the command line or the request is wrong, or refused
-3     NOT_FOUND           there is no such job
-4     CANCELLED           the job was cancelled
+3     NOT_FOUND           there is no such job or batch
+4     CANCELLED           the job or the batch was cancelled
 5     STORE_UNAVAILABLE   Redis cannot be reached, refuses us, is too old, or has no room
-6     CONFIGURATION       configuration, installation, port or data directory
+6     CONFIGURATION       configuration, installation, port or data directory; a file that cannot be written
 7     NOT_READY           ``up``: a part died before all were ready, or they were not ready in time
 8     WAIT_TIMEOUT        ``--timeout`` ran out; the job goes on
 9     INTERNAL            an error in promptmill itself
@@ -41,6 +42,7 @@ _BY_CODE: Final = {
     "store_unavailable": STORE_UNAVAILABLE,
     "bad_config": CONFIGURATION,
     "missing_extra": CONFIGURATION,
+    "cannot_write": CONFIGURATION,
     "port_in_use": CONFIGURATION,
     "data_dir_in_use": CONFIGURATION,
     "part_died": NOT_READY,

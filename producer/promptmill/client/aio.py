@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
@@ -13,6 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from promptmill import keys
+from promptmill.backlog import Backlog
+from promptmill.client import dead
+from promptmill.client.common import found_settings, raise_for
 from promptmill.client.options import RequestOptions, build_request
 from promptmill.client.pages import JobPage, Readiness
 from promptmill.client.routes import Routes
@@ -27,13 +31,12 @@ from promptmill.contract import (
     parse_event,
     parse_request,
 )
-from promptmill.errors import Closed, JobCancelled, JobFailed, NotFound, WaitTimeout
+from promptmill.errors import Closed, WaitTimeout
 from promptmill.heartbeat import ready_workers
 from promptmill.queues import queue_for
 from promptmill.reading import Hub
-from promptmill.settings import Settings, default_data_dir, load_settings
+from promptmill.settings import Settings
 from promptmill.store import Store, Submission
-from promptmill.up.datadir import find_running_up
 from promptmill.usage.budgets import check_budgets
 from promptmill.usage.report import UsageReport, read_usage
 
@@ -99,10 +102,11 @@ class AsyncProducer:
     def __init__(
         self, settings: Settings | None = None, *, redis_url: str | None = None, store: Store | None = None
     ) -> None:
-        self.settings = settings or _found_settings()
+        self.settings = settings or found_settings()
         if redis_url is not None:
             self.settings = self.settings.model_copy(update={"redis_url": redis_url})
         self._routes = Routes(self.settings)
+        self._backlog = Backlog(self.settings)
         self.live = self._routes.live
         """What answers, as far as it is known here; see :mod:`promptmill.live`."""
         self._store = store
@@ -168,6 +172,7 @@ class AsyncProducer:
         IdempotencyConflict
             The key was used by this user for another request.
         Overloaded
+            ``backlog_full``: too many jobs wait already; nothing was stored.
             ``budget_exceeded``: the user's budget of the day is used up.
         StoreUnavailable
             Whether the job exists is unknown; repeat with the same idempotency key.
@@ -186,6 +191,7 @@ class AsyncProducer:
         """
         checked = [parse_request(r, self.settings.limits) for r in requests]
         await self._routes.check(checked, self.store)
+        await self._backlog.admit(checked, self.store)
         warnings = await check_budgets(await self.store(), self.settings, checked)
         jobs: list[AsyncJob] = []
         for start in range(0, len(checked), _SUBMIT_CHUNK):
@@ -194,9 +200,11 @@ class AsyncProducer:
 
     async def _submit(self, requests: list[JobRequest], warnings: Mapping[str, str]) -> list[AsyncJob]:
         store = await self.store()
+        await store.durable.check(self.settings.durability)
         submissions = [replace(await self._submission(store, r), note=warnings.get(r.user)) for r in requests]
         waiting = await store.submit(submissions)
         await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
+        await store.durable.confirm(self.settings.durability)
         return [AsyncJob(self, s.job_id) for s in submissions]
 
     def _sender(self) -> Enqueuer:
@@ -298,7 +306,7 @@ class AsyncProducer:
                 if isinstance(event, Token | Restart):
                     yield event
                 elif event.ends:
-                    _raise_for(await self.get(job_id))
+                    raise_for(await self.get(job_id))
 
     async def result(self, job_id: str, timeout_s: float | None = None) -> Job:
         """Wait for the end and answer the job, which succeeded.
@@ -319,7 +327,7 @@ class AsyncProducer:
         except TimeoutError as err:
             raise WaitTimeout(f"job {job_id} did not end within {timeout_s} s; it goes on") from err
         job = await self.get(job_id)
-        _raise_for(job)
+        raise_for(job)
         return job
 
     async def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> Job:
@@ -330,6 +338,21 @@ class AsyncProducer:
         store = await self.store()
         await store.cancel(keys.check_job_id(job_id), reason[:500], keys.new_token())
         return await store.get(job_id)
+
+    async def dead_jobs(self, user: str | None = None) -> builtins.list[Job]:
+        """The jobs that were given up because their workers died and are still kept, the latest first."""
+        return await dead.dead_jobs(await self.store(), user)
+
+    async def retry_dead(self, job_id: str) -> AsyncJob:
+        """Submit the request of such a job as a new one, and take it off the list. Repeated, it answers the same job.
+
+        The new one names the old one in its metadata as ``retry_of``. Raises :class:`~promptmill.errors.NotFound`, and
+        :class:`~promptmill.errors.BadRequest` for a job that was not given up.
+        """
+        store = await self.store()
+        job = await self.submit_request(await dead.again(store, job_id))
+        await dead.dealt_with(store, job_id)
+        return job
 
     async def usage(
         self,
@@ -346,8 +369,13 @@ class AsyncProducer:
         return await read_usage(await self.store(), from_day, to_day, by, user)
 
     async def ready(self) -> Readiness:
-        """Whether a job submitted now can be claimed: Redis answers and a worker's heartbeat is fresh."""
-        beats = await ready_workers(await self.store())
+        """Whether a job submitted now can be claimed: Redis takes writes and a worker's heartbeat is fresh.
+
+        Raises :class:`~promptmill.errors.StoreUnavailable`, within seconds.
+        """
+        store = await self.store()
+        await store.check_answers(writes=True)
+        beats = await ready_workers(store)
         return Readiness(
             bool(beats),
             "ready" if beats else "no worker is ready to claim a job",
@@ -359,28 +387,3 @@ class AsyncProducer:
                 for f in {b.family for b in beats if b.level}
             },
         )
-
-
-def _found_settings() -> Settings:
-    settings = load_settings()
-    if settings.redis_url is None and (running := find_running_up(settings.data_dir or default_data_dir())):
-        return settings.model_copy(update={"redis_url": running.redis_url})
-    return settings
-
-
-def _raise_for(job: Job) -> None:
-    if job.state == "cancelled":
-        raise JobCancelled(f"job {job.id} was cancelled", job_id=job.id)
-    if job.state in {"failed", "expired"}:
-        error = job.error
-        if error is None:
-            raise JobFailed(f"job {job.id} {job.state}", job_id=job.id)
-        raise JobFailed(
-            error.message,
-            job_id=job.id,
-            code=error.code,
-            retryable=error.retryable,
-            retry_after_s=error.retry_after_s,
-        )
-    if not job.ended:
-        raise NotFound(f"job {job.id} is no longer stored", field="id")

@@ -15,14 +15,17 @@ class RequestOptions(TypedDict, total=False):
     model: str | None
     role: str | None
     slot: str | None
+    exclude: list[str] | None
     max_tokens: int | None
     temperature: float | None
     stop: str | list[str] | None
+    response_format: dict[str, Any] | None
     user: str | None
     metadata: dict[str, Any] | None
     priority: Priority | None
     timeouts: Timeouts | dict[str, float] | None
     idempotency_key: str | None
+    cancel_on_disconnect: bool | None
 
 
 def build_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
 from concurrent.futures import CancelledError
@@ -167,6 +168,14 @@ class Producer:
     def cancel(self, job_id: str, reason: str = "cancelled by the caller") -> Job:
         """See :meth:`AsyncProducer.cancel`."""
         return self._run(lambda: self._producer.cancel(job_id, reason))
+
+    def dead_jobs(self, user: str | None = None) -> builtins.list[Job]:
+        """See :meth:`AsyncProducer.dead_jobs`."""
+        return self._run(lambda: self._producer.dead_jobs(user))
+
+    def retry_dead(self, job_id: str) -> JobHandle:
+        """See :meth:`AsyncProducer.retry_dead`."""
+        return JobHandle(self, self._run(lambda: self._producer.retry_dead(job_id)).id)
 
     def usage(
         self,

@@ -202,6 +202,8 @@ class JobRequest(_Strict):
     priority: Priority = "interactive"
     timeouts: Timeouts = Timeouts()
     idempotency_key: Name | None = None
+    cancel_on_disconnect: bool = False
+    """Cancel it where its last reader over a gateway leaves and nobody comes back within ``disconnect_grace_s``."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from typing import Final, Self
 
 import orjson
 
+from promptmill.contract import Token
 from promptmill.errors import StoreUnavailable
 from promptmill.reading.channel import Channel, Subscriptions
 from promptmill.reading.frame import END_TYPES, Frame, frame
@@ -169,12 +170,14 @@ class Reader:
         # Cleared before the read: what is offered from now on may be newer than what the read returns.
         self._reread = False
         self._queue.clear()
-        entries, exists, more = await self._hub.store.read_log(self.job_id, self._last)
+        entries, exists, more, known = await self._hub.store.resume_log(self.job_id, self._last)
         if self.user is None:
             # Redis was away when we were opened: whose job this is, is known only now.
             record = await self._hub.store.find(self.job_id)
             self.user = record.user if record else None
         batch: list[Frame] = []
+        if entries and not known and entries[0][0].epoch > self._last.epoch:
+            batch += await self._anew(entries[0][0])
         for event_id, data in entries:
             got = frame(bytes(event_id), data)
             self._advance(event_id)
@@ -189,6 +192,31 @@ class Reader:
         if not self._next:
             self._advance(self._last)
         return await self._without_log(exists)
+
+    async def _anew(self, until: EventId) -> list[Frame]:
+        """What stands in the place of an attempt that the store forgot (power loss, failover), up to ``until``.
+
+        Events of another attempt follow, and what this reader saw of the forgotten one would stand before them.
+        """
+        text, last, more = "", START, True
+        while more:
+            entries, _, more = await self._hub.store.read_log(self.job_id, last)
+            for event_id, data in entries:
+                if event_id >= until:
+                    more = False
+                    break
+                last = event_id
+                got = frame(None, data)
+                if got.type == b"restart":
+                    text = ""
+                elif got.type == b"token":
+                    text += orjson.loads(data)["text"]
+        # Without ids: a reader cut off right here resumes from where it was and gets this again.
+        restart = {"type": "restart", "reason": "the store lost its last moments"}
+        batch = [frame(None, orjson.dumps(restart))]
+        if text:
+            batch.append(frame(None, Token(text=text).to_json()))
+        return batch
 
     async def _without_log(self, exists: bool) -> list[Frame]:
         """Nothing new in the log: still running, or ended before our starting point, or the log is gone."""

@@ -29,6 +29,7 @@ from promptmill.settings.parts import (
     PROGRAM_FAMILIES,
     ApiKey,
     Budget,
+    Durability,
     FamilyConfig,
     FamilyName,
     ModelConfig,
@@ -74,11 +75,25 @@ class Settings(BaseSettings):
     retry_ms: Annotated[int, Field(ge=0, le=60_000)] = 1000
     """What readers are told to wait before they reconnect."""
     max_readers: Annotated[int, Field(gt=0)] = 20_000
+    max_readers_per_user: Annotated[int, Field(gt=0)] = 10_000
+    """In one process, by the job's owner; not counted where there are no API keys."""
+    max_connections: Annotated[int, Field(gt=0)] = 25_000
+    """Of one gateway or relay; fewer where the process may not open so many files."""
+    disconnect_grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10
+    """How long a reader of a job with ``cancel_on_disconnect`` may be away."""
 
     workers: Annotated[int, Field(ge=0, le=256)] = 1
     concurrency: Annotated[int, Field(gt=0, le=10_000)] = 1000
     families: dict[FamilyName, FamilyConfig] = Field(default_factory=dict)
     """Sizes by family, over ``workers`` and ``concurrency``."""
+    batch_share: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """How much of a worker's ``concurrency`` batch jobs may hold; at least one slot."""
+    batch_window: Annotated[int, Field(ge=1)] | None = None
+    """How many lines of batches wait or run at once in a family; None: twice what its workers may run, at least 100."""
+    batch_expires_s: PositiveSeconds = 7 * 24 * 3600
+    """How long after its creation a batch that says nothing else is ended."""
+    cache_ttl_s: PositiveSeconds = 24 * 3600
+    """How long an answer is kept for requests with ``cache``."""
     loop_stall_s: PositiveSeconds = 30
     """A worker process whose event loop has not turned for so long is ended; its jobs are picked up elsewhere."""
     guard_level: Literal["auto", "pidns", "cgroup", "subreaper", "group"] = "auto"
@@ -87,12 +102,16 @@ class Settings(BaseSettings):
     heartbeat_s: PositiveSeconds = 2
     dead_after_s: PositiveSeconds = 10
     max_attempts: Annotated[int, Field(gt=0, le=100)] = 3
+    durability: Durability = "server"
+    """When a submission counts as stored; see :mod:`promptmill.store.durable`."""
     timeouts: Timeouts = Timeouts()
     retention_s: PositiveSeconds = 24 * 3600
     ledger_retention_s: PositiveSeconds = 90 * 24 * 3600
     """How long a day's ledger of usage is kept after the last entry."""
     budget: Budget | None = None
     """What each user may use in a day."""
+    max_queued: Annotated[int, Field(ge=0)] = 100_000
+    """Jobs that may wait for a worker; 0: no bound. See :mod:`promptmill.backlog`."""
     limits: Limits = Limits()
 
     data_dir: Path | None = None

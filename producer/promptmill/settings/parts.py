@@ -33,6 +33,8 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 ModelName = Annotated[str, Field(pattern=_NAME)]
 FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Durability = Literal["server", "local", "replica"]
+"""When a submission counts as stored: as the server's ``appendfsync`` has it; on its disk; on that of a replica too."""
 
 DEFAULT_TIMEOUTS: Final = Timeouts(queue_s=3600, connect_s=10, first_token_s=120, idle_s=60, total_s=900)
 

@@ -5,6 +5,7 @@ All methods raise :class:`~promptmill.errors.StoreUnavailable` where Redis does 
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -16,41 +17,25 @@ import orjson
 from redis.exceptions import NoScriptError, ResponseError
 
 from promptmill import keys
-from promptmill.contract import Cancelled, Error, Job, JobRequest, Progress, Restart, Timeouts
-from promptmill.errors import BadRequest, IdempotencyConflict, NotFound
+from promptmill.contract import Cancelled, Error, Job, Progress, Restart
+from promptmill.errors import BadRequest, IdempotencyConflict, NotFound, StoreUnavailable
 from promptmill.store import scripts
 from promptmill.store.connection import check_server, open_redis, store_errors, where
-from promptmill.store.head import FIELDS, Record, pack_head, record_ttl_ms
-from promptmill.store.ids import EventId
+from promptmill.store.dead import given_up
+from promptmill.store.durable import Durable
+from promptmill.store.head import FIELDS, Record
+from promptmill.store.ids import START, EventId
 from promptmill.store.link import Command
+from promptmill.store.submission import Submission
 from promptmill.store.wire import Wire
 
+ALONE_AFTER: Final = 2
+"""Crashes after which a job runs alone in a process of its own, so that the next one shows whose fault they are."""
 LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
 _LOG_PAGE: Final = 500
 _COMMANDS_PER_SUBMIT: Final = 6
 _TRIM_CHANCE: Final = 1 / 64
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """One job to store: its id, its request, and how long things may take (all bounds set)."""
-
-    job_id: str
-    request: JobRequest
-    queue: str
-    timeouts: Timeouts
-    max_attempts: int
-    retention: timedelta
-    note: str | None = None
-    """Told to its readers with the ``queued`` event."""
-
-    @property
-    def life_ms(self) -> int:
-        return record_ttl_ms(self.timeouts, self.max_attempts)
-
-    @property
-    def retention_ms(self) -> int:
-        return int(self.retention.total_seconds() * 1000)
+_ANSWER_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +48,7 @@ class Claimed:
     tries: list[dict[str, Any]]
 
 
-ClaimRefusal = Literal["missing", "not_queued", "expired", "early"]
+ClaimRefusal = Literal["missing", "not_queued", "expired", "early", "alone"]
 
 
 def to_be_booked(job_id: str) -> list[Command]:
@@ -88,6 +73,7 @@ class Store:
         self.wire = Wire(redis)
         """The shared connection of everything that happens per job or per token."""
         self.address = address
+        self.durable = Durable(redis, address)
 
     @classmethod
     async def connect(cls, url: str, *, max_connections: int = 64) -> Self:
@@ -102,6 +88,7 @@ class Store:
 
     async def aclose(self) -> None:
         """Close every connection."""
+        await self.durable.aclose()
         await self.wire.aclose()
         await self.redis.aclose()
 
@@ -131,6 +118,17 @@ class Store:
             if isinstance(reply, ResponseError):
                 raise reply
         return replies
+
+    async def check_answers(self, *, writes: bool = False) -> None:
+        """Raise StoreUnavailable unless the server answers within 3 s and, with ``writes``, takes writes."""
+        # Changes nothing, and is refused where a write would be: out of memory, read-only, its disk full.
+        probe = ("ZADD", keys.OUTBOX, "XX", 0, "") if writes else ("PING",)
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                with store_errors(self.address):
+                    await self.wire.call(*probe)
+        except TimeoutError:
+            raise StoreUnavailable(f"Redis at {self.address} does not answer") from None
 
     async def load_scripts(self) -> None:
         """Make every script known to the server, so that pipelines can name them by digest."""
@@ -180,24 +178,7 @@ class Store:
         trims: list[Command] = []
         for i, job in enumerate(jobs):
             job_id, life, keep = job.job_id, job.life_ms, job.retention_ms
-            commands += [
-                ("ZADD", keys.OUTBOX, "NX", 0, job_id),
-                (
-                    "EVALSHA",
-                    scripts.SUBMIT.sha,
-                    3,
-                    keys.record(job_id),
-                    keys.log(job_id),
-                    keys.channel(job_id),
-                    keys.new_token(),
-                    pack_head(job.request, job.queue),
-                    job.request.to_json(),
-                    Progress(phase="queued", message=job.note).to_json(),
-                    life,
-                    keep,
-                    int((job.timeouts.queue_s or 0) * 1000),
-                ),
-            ]
+            commands += [("ZADD", keys.OUTBOX, "NX", 0, job_id), job.command()]
             for index in (keys.ALL_JOBS, keys.user_jobs(job.request.user)):
                 commands += [
                     ("ZADD", index, "NX", score + i, job_id),
@@ -235,11 +216,18 @@ class Store:
 
     async def read_log(self, job_id: str, after: EventId) -> tuple[list[tuple[EventId, bytes]], bool, bool]:
         """Up to 500 events behind ``after``, in order; whether the log exists at all; whether there may be more."""
-        key = keys.log(job_id)
+        found, exists, more, _ = await self.resume_log(job_id, after)
+        return found, exists, more
+
+    async def resume_log(self, job_id: str, last: EventId) -> tuple[list[tuple[EventId, bytes]], bool, bool, bool]:
+        """As :meth:`read_log` behind ``last``, and whether the log knows that event itself (the beginning is known)."""
+        key, page = keys.log(job_id), _LOG_PAGE + 1
         with store_errors(self.address):
-            entries, exists = await self.ask([("XRANGE", key, f"({after}", "+", "COUNT", _LOG_PAGE), ("EXISTS", key)])
+            entries, exists = await self.ask([("XRANGE", key, str(last), "+", "COUNT", page), ("EXISTS", key)])
         found = [(EventId.read(entry_id), fields[1]) for entry_id, fields in entries]
-        return found, bool(exists), len(found) == _LOG_PAGE
+        known = bool(found) and found[0][0] == last
+        behind = found[1:] if known else found[:_LOG_PAGE]
+        return behind, bool(exists), len(found) == page, known or last == START
 
     async def list_ids(self, user: str | None, before: str | None, count: int) -> list[tuple[str, int]]:
         """Job ids with their index scores, newest first, behind the cursor ``before`` (``<score>.<id>``).
@@ -263,8 +251,12 @@ class Store:
 
     # -- transitions --------------------------------------------------------------------------------------------
 
-    async def claim(self, job_id: str, token: str, worker: str, event: Progress) -> Claimed | ClaimRefusal:
+    async def claim(
+        self, job_id: str, token: str, worker: str, event: Progress, *, alone: bool = False
+    ) -> Claimed | ClaimRefusal:
         """Take a queued job: new epoch, state ``running``, one more attempt. Repeatable with the same token.
+
+        A job that lost its worker :data:`ALONE_AFTER` times is given only to a process that runs it ``alone``.
 
         The job joins the worker's set of claims before it is claimed: a crash in between leaves an entry that settles
         to nothing. The outbox entry is taken off behind it, as a hint: the sweep does the same when it comes by.
@@ -277,7 +269,8 @@ class Store:
                 # Before anything can be used, so that nobody's death hides what was.
                 *to_be_booked(job_id),
             ]
-            reply = await self._run(scripts.CLAIM, job_id, (token, worker, event.to_json()), before=join)
+            given = (token, worker, event.to_json(), "alone" if alone else "")
+            reply = await self._run(scripts.CLAIM, job_id, given, before=join)
         status = reply[0].decode()
         if status != "ok":
             return status
@@ -334,6 +327,7 @@ class Store:
         dead_worker: str | None = None,
         claim: str | None = None,
         max_crashes: int,
+        poisoned: bool = False,
         token: str = "",
         queue: str = "",
         reason: str = "its worker is shutting down",
@@ -348,6 +342,9 @@ class Store:
         ``phase`` that readers see. ``tries`` (all so far) says that attempts were made. ``chain`` are the models that
         are left to be asked. For ``wait_ms`` no claim succeeds; the time that the job may wait in the queue goes on.
 
+        After :data:`ALONE_AFTER` crashes the job waits to be run alone. ``poisoned`` says that the process that ran it
+        alone was seen to die by itself: the job ends as ``poisoned``. One that is given up is kept for ``DEAD_TTL``.
+
         Answers ``queued``, ``failed`` (too many crashes), ``not_running`` or ``missing``; only the first of many
         callers gets ``queued`` or ``failed``. Repeated with its token it answers as before.
         """
@@ -355,7 +352,7 @@ class Store:
             mode, expected, reason, queue = "dead", dead_worker, "its worker died", ""
         else:
             mode, expected = "handback", claim or ""
-        error = Error(code="crashed", message=f"the job lost its worker {max_crashes} times", retryable=True)
+        error = given_up(max_crashes, poisoned=poisoned)
         reply = await self.run(
             scripts.REQUEUE,
             job_id,
@@ -373,5 +370,8 @@ class Store:
             orjson.dumps(tries) if tries is not None else "",
             orjson.dumps(chain) if chain is not None else "",
             "" if wait_ms is None else wait_ms,
+            "poisoned" if poisoned else "",
+            ALONE_AFTER,
+            _ms(keys.DEAD_TTL),
         )
         return reply[0].decode()

@@ -24,19 +24,22 @@ def record_ttl_ms(timeouts: Timeouts, max_attempts: int) -> int:
     return int((queue_s + max_attempts * total_s) * 1000) + _RECORD_SLACK_MS
 
 
-def pack_head(request: JobRequest, queue: str) -> bytes:
+def pack_head(request: JobRequest, queue: str, batch: tuple[str, int, str] | None = None) -> bytes:
     """The immutable small facts of a job, read without touching its request."""
-    return orjson.dumps(
-        {
-            "user": request.user,
-            "role": request.role,
-            "slot": request.slot,
-            "model": request.model,
-            "priority": request.priority,
-            "queue": queue,
-            "metadata": request.metadata,
-        }
-    )
+    facts: dict[str, Any] = {
+        "user": request.user,
+        "role": request.role,
+        "slot": request.slot,
+        "model": request.model,
+        "priority": request.priority,
+        "queue": queue,
+        "metadata": request.metadata,
+    }
+    if request.cancel_on_disconnect:
+        facts["tied"] = True
+    if batch is not None:
+        facts["batch"] = batch
+    return orjson.dumps(facts)
 
 
 def at(ms: float | None) -> datetime | None:
@@ -61,6 +64,17 @@ class Record:
     def user(self) -> str:
         """The job's owner."""
         return self.head["user"]
+
+    @property
+    def tied(self) -> bool:
+        """True for a job that is to be cancelled where its readers leave (``cancel_on_disconnect``)."""
+        return bool(self.head.get("tied"))
+
+    @property
+    def batch(self) -> tuple[str, int, str] | None:
+        """The batch that it is a line of: its id, the line's index and the caller's name of it."""
+        batch = self.head.get("batch")
+        return (batch[0], batch[1], batch[2]) if batch else None
 
     @property
     def queue(self) -> str:

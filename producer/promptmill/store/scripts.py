@@ -123,7 +123,7 @@ publish(st.epoch .. '-1', ARGV[4])
 return {'created', st.epoch, st.state}
 """
 
-# ARGV: token, worker, event
+# ARGV: token, worker, event, 'alone' where the claim is made in quarantine
 _CLAIM = """
 local st = load()
 if not st then return {'missing'} end
@@ -134,6 +134,7 @@ end
 if st.state ~= 'queued' then return {'not_queued', st.state} end
 local now = now_ms()
 if now >= st.deadline then return {'expired'} end
+if st.alone and ARGV[4] ~= 'alone' then return {'alone'} end
 if st.not_before and now < st.not_before then return {'early', tostring(st.not_before - now)} end
 advance(st)
 st.state = 'running'
@@ -200,7 +201,8 @@ return {'ok', st.epoch}
 
 # ARGV: mode ('dead' | 'handback'), expected (worker | claim token), event, restart event, max crashes, try,
 #       error event, error end, log_ttl_ms, token, queue ('' leaves it), tries ('' leaves them; given, this was an
-#       attempt), chain ('' leaves it), ms to wait ('' at once)
+#       attempt), chain ('' leaves it), ms to wait ('' at once), 'poisoned' where the job's own process was seen to die,
+#       crashes after which it runs alone, retention in ms of a job that is given up
 _REQUEUE = """
 local st = load()
 if not st then return {'missing'} end
@@ -233,11 +235,13 @@ elseif ARGV[12] ~= '' then
 else
   st.attempts = st.attempts - 1
 end
-if st.crashes >= tonumber(ARGV[5]) then
+if ARGV[15] == 'poisoned' or st.crashes >= tonumber(ARGV[5]) then
+  st.keep = math.max(st.keep, tonumber(ARGV[17]))
   finish(st, 'failed', now, ARGV[7], with_text(ARGV[8]), ARGV[9])
   return {'failed', st.epoch}
 end
 st.state = 'queued'
+if st.crashes >= tonumber(ARGV[16]) then st.alone = true end
 if ARGV[11] ~= '' then st.queue = ARGV[11] end
 if ARGV[13] ~= '' then st.chain = cjson.decode(ARGV[13]) end
 st.not_before = nil

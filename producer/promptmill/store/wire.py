@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from promptmill.store.connection import COMMAND_TIMEOUT_S
 from promptmill.store.link import Command, Link
@@ -41,8 +41,8 @@ class Wire:
 
         The commands go out together, uninterrupted by those of others.
 
-        Raises redis-py's ``ConnectionError`` or an ``OSError`` for a connection that fails, or that stays silent for
-        10 s; whether the commands took effect is then unknown.
+        Raises redis-py's ``ConnectionError`` or an ``OSError`` for a connection that fails, that stays silent for 10 s,
+        or whose server is not ready (it loads its data); whether the commands took effect is then unknown.
         """
         queue = self._queue
         if queue is None or not queue.open:
@@ -132,6 +132,11 @@ class _Queue:
         self.link.send(commands, urgent=done is not None)
 
     def _replied(self, reply: Any) -> None:
+        if isinstance(reply, RedisError) and not isinstance(reply, ResponseError):
+            # Of the server and not of the command: it still loads its data, or wants a password. Handed on as a reply,
+            # it would pass for one, and an event for written.
+            self.link.fail(reply)
+            return
         call = self._waiting[0]
         call.replies.append(reply)
         call.left -= 1
@@ -150,7 +155,8 @@ class _Queue:
         """Every caller learns of it; none is repeated here, for only the caller knows whether that makes sense."""
         self._timer.cancel()
         err = lost.result()
+        kind = type(err) if isinstance(err, RedisConnectionError) else RedisConnectionError
         while self._waiting:
             done = self._waiting.popleft().done
             if done is not None and not done.done():
-                done.set_exception(RedisConnectionError(str(err)))
+                done.set_exception(kind(str(err)))

@@ -15,6 +15,7 @@ from typing import Final, Literal
 import orjson
 
 from promptmill import keys
+from promptmill.backlog import unknown
 from promptmill.contract import JobRequest
 from promptmill.errors import Overloaded
 from promptmill.settings import Budget, Settings
@@ -42,21 +43,12 @@ async def check_budgets(store: Store, settings: Settings, requests: Iterable[Job
         try:
             warning = await check_budget(store, settings, user)
         except Overloaded:
-            if await _all_known(store, own):
-                continue
-            raise
+            if await unknown(store, own):
+                raise
+            continue
         if warning is not None:
             warnings[user] = warning
     return warnings
-
-
-async def _all_known(store: Store, requests: list[JobRequest]) -> bool:
-    names = [keys.idempotency(r.user, r.idempotency_key) for r in requests if r.idempotency_key is not None]
-    if len(names) < len(requests):
-        return False
-    with store_errors(store.address):
-        found = await store.ask([("EXISTS", name) for name in names])
-    return all(found)
 
 
 async def check_budget(store: Store, settings: Settings, user: str) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.processes import PATIENCE_S
 from tests.support.simulator.records import RequestRecord
 from tests.support.simulator.script import Plan
 from tests.support.simulator.server import Simulator
@@ -54,14 +55,14 @@ class SimulatorHandle:
 
         return self._run(read())
 
-    def wait_idle(self, *, timeout_s: float = 5, connections: bool = False) -> None:
+    def wait_idle(self, *, timeout_s: float = PATIENCE_S, connections: bool = False) -> None:
         self._run(self._simulator.wait_idle(timeout_s=timeout_s, connections=connections))
 
-    def wait_requests(self, count: int, *, timeout_s: float = 5) -> None:
+    def wait_requests(self, count: int, *, timeout_s: float = PATIENCE_S) -> None:
         self._run(self._simulator.wait_requests(count, timeout_s=timeout_s))
 
     def _run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(60)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(2 * PATIENCE_S)
 
 
 @contextmanager
@@ -72,11 +73,11 @@ def running_simulator(**options: Any) -> Iterator[SimulatorHandle]:
     thread.start()
     try:
         simulator = Simulator(**options)
-        asyncio.run_coroutine_threadsafe(simulator.start(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(simulator.start(), loop).result(PATIENCE_S)
         try:
             yield SimulatorHandle(simulator, loop)
         finally:
-            asyncio.run_coroutine_threadsafe(simulator.stop(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(simulator.stop(), loop).result(2 * PATIENCE_S)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -102,7 +103,7 @@ def spawned_simulator(*, key: str | None = None) -> Iterator[SpawnedSimulator]:
         try:
             line = process.stdout.readline()
             if not line:
-                raise RuntimeError(f"the simulator exited with {process.wait(10)}")
+                raise RuntimeError(f"the simulator exited with {process.wait(PATIENCE_S)}")
             yield SpawnedSimulator(json.loads(line)["url"], process.pid)
         finally:
             process.terminate()

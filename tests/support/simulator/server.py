@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import orjson
 
+from tests.support.processes import PATIENCE_S
 from tests.support.simulator import records
 from tests.support.simulator.anthropic import AnthropicMessages
 from tests.support.simulator.connection import Connection, Request, head
@@ -87,7 +88,7 @@ class Simulator:
         self._ticker.close()
         for connection in list(self._connections):
             connection.abort()
-        await self.wait_for(lambda: not self._connections, timeout_s=5, description="connections to close")
+        await self.wait_for(lambda: not self._connections, description="connections to close")
         await self._server.wait_closed()
         self._server = None
 
@@ -130,7 +131,7 @@ class Simulator:
             "pid": os.getpid(),
         }
 
-    async def wait_for(self, condition: Callable[[], bool], *, timeout_s: float, description: str) -> None:
+    async def wait_for(self, condition: Callable[[], bool], *, description: str, timeout_s: float = PATIENCE_S) -> None:
         """Wait until `condition()` holds; it is asked whenever a connection or request opens or ends.
 
         Raises:
@@ -145,7 +146,7 @@ class Simulator:
         except TimeoutError:
             raise TimeoutError(f"waited {timeout_s} s for {description}; {self.stats()}") from None
 
-    async def wait_idle(self, *, timeout_s: float = 5, connections: bool = False) -> None:
+    async def wait_idle(self, *, timeout_s: float = PATIENCE_S, connections: bool = False) -> None:
         """Wait until no request is open and, with `connections`, no TCP connection either.
 
         Raises:
@@ -157,7 +158,7 @@ class Simulator:
             description="no open request",
         )
 
-    async def wait_requests(self, count: int, *, timeout_s: float = 5) -> None:
+    async def wait_requests(self, count: int, *, timeout_s: float = PATIENCE_S) -> None:
         """Wait until `count` requests have arrived since the last reset.
 
         Raises:

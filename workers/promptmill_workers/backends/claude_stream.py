@@ -114,7 +114,8 @@ class ClaudeDecoder(LineDecoder):
                 self.refusal = str((delta.get("stop_details") or NOTHING).get("explanation") or "")
 
     def _message(self, value: dict[str, Any]) -> None:
-        self.request_id = value.get("request_id") or self.request_id
+        named = value.get("request_id")
+        self.request_id = named if named and isinstance(named, str) else self.request_id
         self._stood_in = value["message"].get("model") == _SYNTHETIC
         self._kind = value.get("error")
 
@@ -125,7 +126,8 @@ class ClaudeDecoder(LineDecoder):
             self._resets_at = resets_at
 
     def _result(self, value: dict[str, Any], items: list[Item]) -> None:
-        self.request_id = self.request_id or value.get("session_id")
+        named = value.get("session_id")
+        self.request_id = self.request_id or (named if isinstance(named, str) else None)
         if value["is_error"] is not False:
             self._usage(value.get("usage"), value.get("total_cost_usd"), items)
             self._failed(value)

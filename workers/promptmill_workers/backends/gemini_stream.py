@@ -72,7 +72,8 @@ class GeminiDecoder(LineDecoder):
             elif kind == "error" and value.get("severity") != "warning":
                 self._error = str(value["message"])
             elif kind == "init":
-                self.request_id = value.get("session_id")
+                session = value.get("session_id")
+                self.request_id = session if isinstance(session, str) else None
             elif kind == "result" and not self._failed:
                 self._result(value, items)
         except (AttributeError, KeyError, TypeError):

@@ -1,0 +1,1 @@
+"""Fuzzing: the HTTP interface by its own description, and the framers that read what providers and programs write."""

@@ -1,0 +1,108 @@
+"""Waiting until what was stored is on a disk: WAITAOF.
+
+The server confirms what a connection wrote itself, and answers nothing else on that connection meanwhile. So this is a
+connection of its own: it writes a mark, which stands behind all that was acknowledged before, and waits for that. All
+who wait at the same moment share one mark.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from redis.exceptions import ResponseError
+
+from promptmill import keys
+from promptmill.errors import StoreUnavailable
+from promptmill.settings.parts import Durability
+from promptmill.store.connection import store_errors
+from promptmill.store.wire import Wire
+
+WAIT_S: Final = 2.0
+
+
+class Durable:
+    """Marks and their confirmations. One per store."""
+
+    def __init__(self, redis: Any, address: str) -> None:
+        self._wire = Wire(redis)
+        self._address = address
+        self._turn = asyncio.Lock()
+        self._gathering: dict[Durability, asyncio.Task[None]] = {}
+        self._able: set[Durability] = set()
+
+    async def check(self, level: Durability) -> None:
+        """Before anything is stored: raise StoreUnavailable where the server cannot confirm at all."""
+        if level == "server" or level in self._able:
+            return
+        with store_errors(self._address):
+            try:
+                # Waits for nothing: of a connection that wrote nothing all is confirmed.
+                await self._wire.call("WAITAOF", 1, 0, 1)
+            except ResponseError as err:
+                raise StoreUnavailable(
+                    f"durability = {level!r}: Redis at {self._address} cannot confirm what is on its disk ({err}); "
+                    "it must be 7.2 or newer, a primary, with appendonly yes. Nothing was stored",
+                    retryable=False,
+                    field="durability",
+                ) from err
+        self._able.add(level)
+
+    async def confirm(self, level: Durability) -> None:
+        """Return once all that was acknowledged before this call is on disks, as ``level`` says.
+
+        Raises
+        ------
+        StoreUnavailable
+            It was not confirmed within 2 s. What was stored is stored, and may be lost with its machine.
+        """
+        if level == "server":
+            return
+        mark = self._gathering.get(level)
+        if mark is None:
+            mark = self._gathering[level] = asyncio.create_task(self._mark(level), name="durable")
+            mark.add_done_callback(_told)
+        # Shielded: one caller's cancellation must not be everybody's.
+        await asyncio.shield(mark)
+
+    async def _mark(self, level: Durability) -> None:
+        try:
+            await self._turn.acquire()
+        finally:
+            # Whoever comes from here on may have written behind this mark.
+            del self._gathering[level]
+        try:
+            with store_errors(self._address):
+                replies = await self._wire.many(
+                    [
+                        ("SET", keys.MARK, "1", "PX", int(keys.MARK_TTL.total_seconds() * 1000)),
+                        ("WAITAOF", 1, 1 if level == "replica" else 0, int(WAIT_S * 1000)),
+                    ]
+                )
+                for reply in replies:
+                    if isinstance(reply, ResponseError):
+                        raise reply
+        except StoreUnavailable as err:
+            raise _unconfirmed(err.message) from err
+        finally:
+            self._turn.release()
+        local, replicas = replies[1]
+        if not local or (level == "replica" and not replicas):
+            missing = "no replica" if local else "its disk"
+            raise _unconfirmed(f"Redis at {self._address} heard of {missing} within {WAIT_S:g} s")
+
+    async def aclose(self) -> None:
+        """Close the connection; who waits gets StoreUnavailable. Safe to repeat."""
+        await self._wire.aclose()
+        await asyncio.gather(*self._gathering.values(), return_exceptions=True)
+
+
+def _told(mark: asyncio.Task[None]) -> None:
+    if not mark.cancelled():
+        mark.exception()  # raised to whoever waits; nobody may be left
+
+
+def _unconfirmed(why: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"what was submitted exists, but is not known to be durable: {why}. Repeat with the same idempotency key"
+    )
