@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Query
@@ -214,7 +215,10 @@ def _with_key(request: JobRequest, header: str | None) -> JobRequest:
 
 def _reason(body: bytes) -> str:
     try:
-        return CancelRequest.model_validate_json(body.strip() or b"{}").reason
+        # As for a submit: the standard library's parser keeps escaped lone surrogates, which are then cleaned.
+        return CancelRequest.model_validate(json.loads((body.strip() or b"{}").decode())).reason
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as err:
+        raise BadRequest(f"the request is not JSON: {err}", field="request") from None
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "request"

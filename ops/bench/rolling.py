@@ -154,7 +154,7 @@ class Fleet:
             self.servers[module] = await self._new_server(module)
 
     async def _end(self, what: str, process: WorkerProcess | ServerProcess) -> None:
-        below = tree(process.process.pid)
+        below = tree(process.process.pid) if process.process.poll() is None else set[int]()
         began = time.monotonic()
         code = await asyncio.to_thread(process.stop)
         self._out.restarts.setdefault(what, []).append(time.monotonic() - began)

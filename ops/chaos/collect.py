@@ -22,7 +22,7 @@ from tests.support.web import request
 from promptmill import keys
 from promptmill.enqueue import Enqueuer
 from promptmill.queues import API_FAMILY, queues_of
-from promptmill.store.tries import try_id
+from promptmill.store.tries import is_presumed, try_id
 from promptmill.usage.report import read_usage
 from promptmill.usage.verify import verify_usage
 
@@ -82,6 +82,7 @@ async def ask_store(system: System, job_ids: Sequence[str], ledger: Ledger) -> N
                 error=job.error.code if job.error else None,
                 crashes=record.st["crashes"],
                 tries=[try_id(try_) for try_ in record.tries],
+                presumed=[try_id(try_) for try_ in record.tries if is_presumed(try_)],
             )
     known: list[bytes] = await store.redis.zrange(keys.ALL_JOBS, 0, -1)
     ledger.write("found", what="known_jobs", value=[raw.decode() for raw in known])

@@ -31,11 +31,13 @@ class JobFacts:
     crashes: int = 0
     tries: list[str] = field(default_factory=list[str])
     """The ids of its attempts, as its record names them."""
+    presumed: list[str] = field(default_factory=list[str])
+    """Those of them that nobody told of: their workers died."""
     cancel_asked: bool = False
 
     def take(self, row: Row) -> None:
         """Take over what the store said of it."""
-        for name in ("state", "text", "error", "crashes", "tries"):
+        for name in ("state", "text", "error", "crashes", "tries", "presumed"):
             setattr(self, name, row[name])
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Sequence
 from typing import Any, Final
 
-import redis
+import psutil
 from ops.chaos.ledger import Ledger, now_ms
 from ops.chaos.load import Load, patiently
 from ops.chaos.parts import Part
@@ -93,17 +92,24 @@ class Faults:
             if found is None:
                 return
             worker, worker_id = found
+            # Jobs in quarantine run in children of the worker, which die with it.
+            children = _children(worker)
             pid, killed_ms = worker.send(signal.SIGKILL), now_ms()
-        held, _ = await patiently(lambda: self._held_by(worker_id))
+        held, _ = await patiently(lambda: self._held_by(worker_id, children))
         self._note(fault, worker.name, pid=pid, killed_ms=killed_ms, held=held)
 
-    async def _held_by(self, worker_id: str) -> list[tuple[str, int]]:
+    async def _held_by(self, worker_id: str, children: Sequence[int]) -> list[tuple[str, int]]:
         """The jobs, and their claims' epochs, that a worker holds. It is dead: nobody changes that for some seconds."""
         store = self._system.direct
-        with store_errors(store.address):
-            claims: set[bytes] = await store.redis.smembers(keys.claims(worker_id))
-        records = [r for r in await store.find_many(raw.decode() for raw in claims) if r and r.state == "running"]
-        return [(r.job_id, int(r.st["epoch"])) for r in records if r.st.get("worker") == worker_id]
+        beats, _ = await read_beats(store)
+        ids = [worker_id, *(b.worker for b in beats for pid in children if f"-{pid}-" in b.worker)]
+        held: list[tuple[str, int]] = []
+        for name in ids:
+            with store_errors(store.address):
+                claims: set[bytes] = await store.redis.smembers(keys.claims(name))
+            records = [r for r in await store.find_many(raw.decode() for raw in claims) if r and r.state == "running"]
+            held += [(r.job_id, int(r.st["epoch"])) for r in records if r.st.get("worker") == name]
+        return held
 
     async def _freeze(self, fault: Fault) -> None:
         async with self._killing:
@@ -128,8 +134,7 @@ class Faults:
     def _shut_down(self) -> None:
         server = self._system.store
         assert server.process is not None
-        with redis.Redis(port=server.port) as client, contextlib.suppress(redis.ConnectionError):
-            client.shutdown(nosave=True)  # pyright: ignore[reportUnknownMemberType] - untyped there
+        server.process.terminate()  # to the server that is SHUTDOWN
         server.process.wait(_SHUTDOWN_S)
         server.process = None
 
@@ -160,6 +165,13 @@ class Faults:
         if record is not None:
             await self._enqueuer.send([(job_id, record.queue)])
             self._note(fault, job_id, state=record.state)
+
+
+def _children(part: Part) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(part.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _is(worker_id: str, part: Part) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,14 +17,15 @@ from promptmill.contract import END_TYPES
 class Pickup:
     """A job that lost its worker to a kill: how long after that it was given back, and ran again.
 
-    ``started_s`` is None where it never ran again, because it was cancelled first. ``store_away``: the store or the
-    broker was down in between, which sets every watcher's count back.
+    ``started_s`` is None where it never ran again, because it was cancelled first. ``back_s``: where the store or the
+    broker was down in between, the same since that was over; None where it was not. An outage that everyone sees kills
+    nobody, so it holds the watchers up.
     """
 
     job: str
     requeued_s: float | None
     started_s: float | None
-    store_away: bool
+    back_s: float | None
 
 
 def pickups(facts: Facts) -> Iterator[Pickup]:
@@ -39,9 +40,9 @@ def pickups(facts: Facts) -> Iterator[Pickup]:
             requeued = _first(later, "requeued")
             # Only the start that follows the requeueing: what was lost again before that is the next kill's.
             started = _first(later, "started")
-            until = started or requeued or killed_ms
-            away = any(began <= until and over >= killed_ms for began, over in outages)
-            yield Pickup(job_id, _since(requeued, killed_ms), _since(started, killed_ms), away)
+            met = [over for began, over in outages if began <= (started or killed_ms) and over >= killed_ms]
+            back_s = _since(started, max(met)) if met else None
+            yield Pickup(job_id, _since(requeued, killed_ms), _since(started, killed_ms), back_s)
 
 
 def _epoch(event_id: str | None) -> int:
@@ -55,6 +56,11 @@ def _first(events: Sequence[Event], phase: str) -> int | None:
 
 def _since(at_ms: int | None, begin_ms: int) -> float | None:
     return None if at_ms is None else max(0, at_ms - begin_ms) / 1000
+
+
+def started(found: Iterable[Pickup]) -> list[float]:
+    """How long jobs waited to run again while nothing but their worker was away."""
+    return [p.started_s for p in found if p.started_s is not None and p.back_s is None]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -106,10 +112,11 @@ def figures(facts: Facts, wall_s: float) -> dict[str, Any]:
         "provider requests": sum(facts.provider.requests.values()),
         "attempts booked": sum(map(len, facts.books.entries.values())),
         "given back after a kill, s": spread([p.requeued_s for p in all_pickups if p.requeued_s is not None]),
-        "picked up after a kill, s": spread([p.started_s for p in all_pickups if p.started_s is not None]),
-        "picked up, store away meanwhile, s": spread(
-            [p.started_s for p in all_pickups if p.started_s is not None and p.store_away]
+        "picked up after a kill, s": spread(started(all_pickups)),
+        "the same, past an outage, s": spread(
+            [p.started_s for p in all_pickups if p.started_s and p.back_s is not None]
         ),
+        "the same, since it was over, s": spread([p.back_s for p in all_pickups if p.back_s is not None]),
         "cancel to a reader's end, s": spread(_cancel_latencies(facts)),
         "wall time, s": round(wall_s, 1),
     }

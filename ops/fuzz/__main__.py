@@ -48,7 +48,7 @@ def _ask(target: str, seconds: float, seed: int) -> int:
                     for operation in gateway.operations(running).values():
                         asked += gateway.fuzz(running, operation, examples=_ROUND, seed=seed, until=until)
                 seed += 1
-        except Exception:  # noqa: BLE001 - whatever was found is shown
+        except (Exception, gateway.FailureGroup):  # noqa: BLE001 - whatever was found is shown
             traceback.print_exc()
             return 1
         complaints = running.complaints()

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ops.fuzz.coverage_input import MOST_CUTS, split
+
 try:
     import atheris
 except ImportError:
@@ -33,7 +35,6 @@ WORDS = (
     "true",
     "1e999",
 )
-MOST_CUTS = 6
 
 
 def run(target: str, seconds: int, seed: int, directory: Path) -> None:
@@ -54,9 +55,3 @@ def run(target: str, seconds: int, seed: int, directory: Path) -> None:
     arguments: list[Any] = [f"-max_total_time={seconds}", f"-seed={seed}", f"-dict={words}", "-max_len=4096"]
     atheris.Setup([sys.argv[0], *arguments, f"-artifact_prefix={directory}/", str(corpus)], once)
     atheris.Fuzz()
-
-
-def split(data: bytes) -> tuple[bytes, list[int]]:
-    """The bytes to be read, and where to cut them: the last twelve of a fuzzer's input say that."""
-    tail = data[-MOST_CUTS * 2 :] if len(data) > MOST_CUTS * 2 else b""
-    return data[: len(data) - len(tail)], [int.from_bytes(tail[i : i + 2]) for i in range(0, len(tail), 2)]

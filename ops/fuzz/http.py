@@ -57,13 +57,17 @@ SENT: Final = st.lists(_REQUEST | st.lists(_PIECES | st.binary(max_size=8), max_
 )
 
 
-def statuses(port: int, sent: bytes) -> list[int]:
-    """Send it, end, and read to the end: the statuses of all answers. Raises where an answer is no HTTP."""
+def statuses(port: int, sent: bytes, *, half_close: bool = True) -> list[int]:
+    """Send it, end, and read to the end: the statuses of all answers. Raises where an answer is no HTTP.
+
+    With ``half_close`` the server is told that nothing more comes, and closes, perhaps before it has answered.
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=_ANSWER_S) as link:
         received = b""
         try:
             link.sendall(sent)
-            link.shutdown(socket.SHUT_WR)
+            if half_close:
+                link.shutdown(socket.SHUT_WR)
             while chunk := link.recv(1 << 16):
                 received += chunk
         except ConnectionError:
@@ -92,6 +96,7 @@ def fuzz(port: int, *, examples: int, seed: int, until: float | None = None) -> 
                 raise AssertionError(f"{status} for {sent!r}")
 
     send()
-    if statuses(port, b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n") not in ([200], []):
+    alive = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    if statuses(port, alive, half_close=False) != [200]:
         raise AssertionError("it is no longer alive")
     return asked

@@ -59,6 +59,8 @@ def make_app(broker_url: str) -> Any:
         task_default_queue=queues_of(API_FAMILY)[0],
         worker_enable_remote_control=True,
     )
+    # Messages go to a queue by its name: no exchange of ours, and no binding to one.
+    app.amqp.default_exchange = None
     return app
 
 
@@ -75,16 +77,15 @@ def broker_queue(name: str, broker_url: str) -> Any:
     return Queue(name, routing_key=name, no_ack=True)
 
 
-def foreign_queue(err: BaseException) -> str | None:
-    """What to do about a queue that exists with other properties than ours; None where the error is another one."""
+def foreign_queue(err: BaseException) -> tuple[str, str] | None:
+    """What is wrong and what to do where a queue exists with other properties than ours; else None."""
     if not isinstance(err, PreconditionFailed) or "inequivalent arg" not in str(err):
         return None
     found = re.search(r"for queue '([^']+)'", str(err))
-    name = found[1] if found else "promptmill.…"
+    name = found[1] if found else "of that name"
     return (
-        f"the queue {name} exists on the broker with other properties than promptmill's ({err}). "
-        f"Delete it there: `rabbitmqctl delete_queue {name}`. No job is lost with it: the jobs are in the store, "
-        "and their messages are sent again"
+        f"the broker has a queue {name} with other properties than promptmill's ({err})",
+        f"delete it there (`rabbitmqctl delete_queue {name}`): no job is lost with it, their messages are sent again",
     )
 
 
@@ -238,7 +239,7 @@ class Enqueuer:
             # What a connection that failed says next may answer an older question.
             connection.collect()
             if foreign := foreign_queue(err):
-                logger.critical("messages wait: %s", foreign)
+                logger.critical("messages wait: %s; %s", *foreign)
             elif self._retry_at is None:
                 logger.warning("broker unavailable, messages are left to the sweep: %s", err or type(err).__name__)
             self._retry_at = time.monotonic() + SKIP_S

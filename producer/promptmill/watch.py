@@ -232,10 +232,16 @@ class Watcher:
         depth = await self._enqueuer.depth(queue)
         with store_errors(self._store.address):
             raw: Any = await self._store.redis.hget(keys.CLAIMED, queue)
+            # Lines of batches wait there, without a message, until a worker takes them.
+            ready: list[bytes] = []
+            if any(record.batch for record in records):
+                ready = await self._store.redis.lrange(keys.ready(queue), 0, -1)
         claimed_ms = int(raw or 0)
         # What was put off has had no message at all.
         put_off = [r for r in records if "not_before" in r.st]
-        lost = [r for r in records if "not_before" not in r.st and (depth == 0 or claimed_ms > r.st["queued"])]
+        safe = {raw.decode() for raw in ready}
+        sent = [r for r in records if "not_before" not in r.st and r.job_id not in safe]
+        lost = [r for r in sent if depth == 0 or claimed_ms > r.st["queued"]]
         for record in records:
             # Each look waits as long as the job has waited already: few messages however long the backlog.
             waited = now_ms - int(record.st["queued"])

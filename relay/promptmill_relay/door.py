@@ -73,8 +73,9 @@ class Door:
     def _refusal(self, method: str, origin: bytes | None, host: bytes | None) -> str | None:
         if host is not None and not is_loopback(_host_name(host)):
             return "without an API key only requests to a loopback address are answered: set api_key"
-        foreign = origin is not None and not self._any_origin and origin not in self._origins
-        if foreign and method not in _SAFE_METHODS and urlsplit(origin).netloc != host:
+        if origin is None or self._any_origin or origin in self._origins or method in _SAFE_METHODS:
+            return None
+        if _authority(origin) != host:
             return "a page of another origin may not do this: name its origin in cors_origins, or set api_key"
         return None
 
@@ -94,6 +95,13 @@ def _headers(scope: Scope) -> tuple[bytes | None, bytes | None, bool]:
         elif name == b"access-control-request-method":
             preflight = True
     return origin, host, preflight
+
+
+def _authority(origin: bytes) -> bytes | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None  # an address that is none, such as http://[
 
 
 def _host_name(host: bytes) -> str:

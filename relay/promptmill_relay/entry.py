@@ -47,5 +47,6 @@ def _log_to_stderr(level: str) -> None:
         stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     if level != "debug":
-        # uvicorn tells each step of starting and stopping; we say it once ourselves.
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        # It tells each step of starting and stopping, which we say once ourselves, and warns of every bad request: with
+        # that anybody could fill the log.
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ import asyncio
 from typing import Any, Final
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from promptmill.errors import BadRequest, Overloaded, PromptmillError
 from promptmill_relay.problem import encode_problem
@@ -50,6 +50,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_open = True
         self._head_bytes = 0
         self._body_open = False
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -60,7 +61,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect(None)
+        self._leave()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -103,10 +109,24 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refuse(b"400 Bad Request", BadRequest(msg), 400)
 
     def _refuse(self, status: bytes, error: PromptmillError, code: int) -> None:
-        _, headers, body = encode_problem(error, status=code, headers=[(b"connection", b"close")])
-        head = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head + b"\r\n" + body)
+        if not self._leave():
+            _, headers, body = encode_problem(error, status=code, headers=[(b"connection", b"close")])
+            head = b"".join(b"%b: %b\r\n" % header for header in headers)
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + head + b"\r\n" + body)
         self.transport.close()
+
+    def _leave(self) -> bool:
+        """Tell the request that is being answered that nobody listens any more. True where its answer had begun.
+
+        uvicorn tells the newest request only, which with requests in line is another one: that which runs would write
+        to a closed connection, and a stream would learn only at its next event that its reader has left.
+        """
+        cycle = self._running
+        if cycle is None or cycle.response_complete:
+            return False
+        cycle.disconnected = True
+        cycle.message_event.set()
+        return cycle.response_started
 
     def _expect_next(self) -> None:
         """The last request is answered: wait for its rest, or for the next one."""

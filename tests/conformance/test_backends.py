@@ -12,10 +12,12 @@ from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend
 from promptmill_workers.testing import BackendConformance, Scenario
+from tests.support.processes import PATIENCE_S
 from tests.support.simulator import Plan, Simulator
 
 
 class OverHttp(BackendConformance):
+    answer_s: ClassVar[float] = PATIENCE_S
     kind: ClassVar[str]
     path: ClassVar[str] = ""
     options: ClassVar[dict[str, object]] = {}
@@ -53,7 +55,7 @@ class OverHttp(BackendConformance):
             await backend.aclose()
 
     async def wait_disconnected(self) -> None:
-        await self.sim.wait_idle(timeout_s=2, connections=True)
+        await self.sim.wait_idle(connections=True)
 
 
 class TestLocalOpenAI(OverHttp):
@@ -72,6 +74,8 @@ class TestGeminiApi(OverHttp):
 
 
 class TestEcho(BackendConformance):
+    answer_s: ClassVar[float] = PATIENCE_S
+
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
         options: dict[str, object] = {"fault_after": scenario.after}

@@ -6,7 +6,7 @@ What another store (a Redis Cluster, a newer Redis) must show is that it passes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from datetime import timedelta
 
 import pytest
@@ -17,12 +17,24 @@ from promptmill.errors import IdempotencyConflict, NotFound
 from promptmill.store import START, Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND, FENCED, GONE
 from tests.support.fake_store import fake_store
+from tests.support.store import redis_program, running_store
 
 
-@pytest.fixture(params=["valkey", "fakeredis"])
+@pytest.fixture(scope="module")
+def real_redis(tmp_path_factory: pytest.TempPathFactory) -> Generator[str]:
+    """A Redis, where the run's own store is a Valkey."""
+    with running_store(tmp_path_factory.mktemp("redis"), append_only=False, program=redis_program()) as server:
+        yield server.url
+
+
+URLS = {"valkey": "redis_url", "redis": "real_redis"}
+
+
+@pytest.fixture(params=[*URLS, "fakeredis"])
 async def store(request: pytest.FixtureRequest) -> AsyncGenerator[Store]:
     """Each kind of store, connected."""
-    made = fake_store() if request.param == "fakeredis" else await Store.connect(request.getfixturevalue("redis_url"))
+    url = URLS.get(request.param)
+    made = await Store.connect(request.getfixturevalue(url)) if url else fake_store()
     yield made
     await made.aclose()
 

@@ -14,7 +14,7 @@ from promptmill_workers.backends.base import Backend, Call, Item
 from promptmill_workers.isolated import Isolated, make_backend
 from promptmill_workers.programs import prepare
 from promptmill_workers.testing import BackendConformance, Scenario
-from tests.support.processes import tree, wait_until
+from tests.support.processes import PATIENCE_S, tree, wait_until
 from tests.support.simulator import Plan, Simulator
 
 
@@ -31,7 +31,7 @@ async def isolated(**fields: Any) -> AsyncIterator[Backend]:
 class Apart(BackendConformance):
     """Whatever a test did: no process of ours is left behind it."""
 
-    answer_s: ClassVar[float] = 60.0
+    answer_s: ClassVar[float] = PATIENCE_S
 
     @pytest.fixture(autouse=True)
     async def _nothing_left(self) -> AsyncIterator[None]:
@@ -41,7 +41,7 @@ class Apart(BackendConformance):
         await self.wait_disconnected()
 
     async def wait_disconnected(self) -> None:
-        await wait_until(lambda: tree(os.getpid()) <= self.before, "no process of ours runs", timeout_s=2)
+        await wait_until(lambda: tree(os.getpid()) <= self.before, "no process of ours runs")
 
 
 class TestIsolatedEcho(Apart):
@@ -69,7 +69,7 @@ class InOrder:
         self._sim = sim
 
     async def complete(self, call: Call) -> AsyncGenerator[Item, None]:
-        await self._sim.wait_requests(call.attempt - 1, timeout_s=50)
+        await self._sim.wait_requests(call.attempt - 1)
         async with aclosing(self._backend.complete(call)) as items:
             async for item in items:
                 yield item
@@ -102,4 +102,4 @@ class TestIsolatedLocalOpenAI(Apart):
 
     async def wait_disconnected(self) -> None:
         await super().wait_disconnected()
-        await self.sim.wait_idle(timeout_s=2, connections=True)
+        await self.sim.wait_idle(connections=True)

@@ -14,6 +14,7 @@ from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Call, Item
 from promptmill_workers.testing import BackendConformance, Scenario
+from tests.support.processes import PATIENCE_S
 from tests.support.programs import ProgramSimulator, descendants, real_program, wait_for_none
 from tests.support.simulator import Plan, stream
 
@@ -43,7 +44,7 @@ class Provided:
 
 
 class OfProgram(BackendConformance):
-    answer_s: ClassVar[float] = 60.0
+    answer_s: ClassVar[float] = PATIENCE_S
     kind: ClassVar[str]
     name: ClassVar[str]
     sim: ProgramSimulator
@@ -82,8 +83,8 @@ class OfProgram(BackendConformance):
         return load_backend("model", config)
 
     async def wait_disconnected(self) -> None:
-        await wait_for_none(self.before, timeout_s=2)
-        await self.sim.wait_idle(timeout_s=2, connections=True)
+        await wait_for_none(self.before)
+        await self.sim.wait_idle(connections=True)
 
 
 class TestClaudeCli(OfProgram):

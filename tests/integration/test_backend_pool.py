@@ -13,6 +13,7 @@ from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend
 from promptmill_workers.backends.http import Lease, open_pools
 from promptmill_workers.testing import call, collect, failure, text_of
+from tests.support.processes import PATIENCE_S
 from tests.support.simulator import Simulator, running_simulator
 
 PATHS = {"local_openai": "/v1", "anthropic_api": "", "gemini_api": "/v1beta/openai"}
@@ -71,10 +72,10 @@ async def test_closing_the_last_backend_ends_what_still_runs(sim: Simulator, kin
     backend = made(kind, sim.url, "sim:fault=stall")
     reading = asyncio.create_task(failure(backend, call()))
     await sim.wait_requests(1)
-    await sim.wait_for(lambda: sim.requests[0].tokens_written > 0, timeout_s=5, description="a token")
+    await sim.wait_for(lambda: sim.requests[0].tokens_written > 0, description="a token")
     await backend.aclose()
     await sim.wait_idle(connections=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         _, error = await reading
     assert error.code in {"cut", "unreachable"}
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kombu.connection import Connection
 
 from promptmill import AsyncProducer, JobCancelled, keys
 from promptmill.client.aio import AsyncJob
 from promptmill.contract import Restart
+from promptmill.doctor.stores import check_broker
+from promptmill.enqueue import Enqueuer
 from promptmill.queues import API_FAMILY, queues_of
 from promptmill.settings import Settings
+from promptmill_workers.process import EXIT_BROKEN
 from tests.support.brokers import Broker
 from tests.support.processes import wait_until
 from tests.support.rabbit import running_rabbit
-from tests.support.store import running_store
+from tests.support.store import keys_without_ttl, redis_program, running_store
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
 from tests.support.worker import worker_process
 
@@ -48,13 +54,11 @@ ENDLESS_BATCH_JOB = {"prompt": "word ", "model": "endless", "priority": "batch"}
 Configure = Callable[..., tuple[Path, Settings]]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("redis", marks=pytest.mark.xdist_group("broker-redis")),
-        pytest.param("amqp", marks=pytest.mark.xdist_group("broker-amqp")),
-    ],
-)
+REDIS = pytest.param("redis", marks=pytest.mark.xdist_group("broker-redis"))
+AMQP = pytest.param("amqp", marks=pytest.mark.xdist_group("broker-amqp"))
+
+
+@pytest.fixture(scope="module", params=[REDIS, AMQP])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Broker]:
     """One broker for all tests here: RabbitMQ takes seconds to start."""
     directory = tmp_path_factory.mktemp("broker")
@@ -336,3 +340,102 @@ async def test_a_worker_stops_well_while_its_batch_jobs_wait(configure: Configur
             for job in jobs:
                 stored = await job.result(90)
                 assert (stored.text, stored.attempt) == (LONG, 1)
+
+
+async def test_a_redis_is_store_and_broker_at_once(tmp_path: Path, write_config: Configure) -> None:
+    """The run's own store is a Valkey."""
+    with running_store(tmp_path, program=redis_program()) as redis:
+        path, settings = write_config(CONFIG, url=redis.url)
+        with worker_process(path) as worker:
+            async with AsyncProducer(settings) as producer:
+                await worker.ready(redis.url)
+                job = await producer.submit(LONG, model="slow")
+                events = await collect(producer, job.id)
+                check_whole(events)
+                assert text_of(events) == (await job.result(5)).text == LONG
+        assert keys_without_ttl(redis.url) == []
+
+
+# -- the broker itself ----------------------------------------------------------------------------------------------
+
+
+async def test_messages_survive_a_broker_that_is_killed(broker: Broker) -> None:
+    await broker.put(*((keys.new_job_id(), INTERACTIVE) for _ in range(600)))
+    broker.kill()
+    broker.start()
+    await wait_until(lambda: broker.waiting(INTERACTIVE) == 600, "the queue has all its messages again")
+    assert broker.purge(INTERACTIVE) == 600
+
+
+async def test_while_a_broker_hangs_the_event_loop_goes_on(broker: Broker) -> None:
+    sender = Enqueuer(broker.url)
+    try:
+        assert await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
+        os.kill(broker.pid, signal.SIGSTOP)
+        try:
+            sending = asyncio.create_task(sender.send([(keys.new_job_id(), INTERACTIVE)] * 3))
+            turns = 0
+            while not sending.done():
+                await asyncio.sleep(0.01)
+                turns += 1
+            assert await sending == 0, "what the broker did not confirm is not sent"
+            assert turns > 10
+            assert await sender.depth(INTERACTIVE) is None
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+
+        async def sent() -> bool:
+            return await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
+
+        await wait_until(sent, "the broker takes messages again")
+        assert (await sender.depth(INTERACTIVE) or 0) >= 2
+    finally:
+        await sender.aclose()
+    broker.purge(INTERACTIVE)
+
+
+async def test_who_closes_an_enqueuer_closes_no_other_one(broker: Broker) -> None:
+    first, second = Enqueuer(broker.url), Enqueuer(broker.url)
+    for sender in (first, second):
+        assert await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
+    await first.aclose()
+    assert await second.send([(keys.new_job_id(), INTERACTIVE)] * 2) == 2
+    await second.aclose()
+    assert broker.purge(INTERACTIVE) == 4
+
+
+async def test_doctor_finds_the_broker(configure: Configure, broker: Broker) -> None:
+    _, settings = configure()
+    await broker.put((keys.new_job_id(), INTERACTIVE))
+    (check,) = await check_broker(settings)
+    assert check.status == "ok", check
+    assert broker.url.split("@")[-1].rstrip("/").removeprefix("redis://").split("/")[0] in check.found
+    broker.purge(INTERACTIVE)
+
+
+@pytest.mark.parametrize("server", [AMQP], indirect=True)
+async def test_a_queue_of_another_kind_is_told_and_what_to_do_about_it(
+    configure: Configure, broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, settings = configure()
+    with Connection(broker.url) as connection:
+        channel: Any = connection.default_channel
+        channel.queue_delete(INTERACTIVE)
+        channel.queue_declare(INTERACTIVE, durable=True, auto_delete=False)
+    advice = f"rabbitmqctl delete_queue {INTERACTIVE}"
+    (check,) = await check_broker(settings)
+    assert check.status == "fail"
+    assert check.advice is not None
+    assert advice in check.advice
+    async with AsyncProducer(settings) as producer:
+        job = await producer.submit("it waits", model="fast")
+        assert advice in caplog.text
+        with worker_process(path, "refused") as refused:
+            await wait_until(lambda: refused.process.poll() is not None, "the worker ends")
+            assert refused.process.returncode == EXIT_BROKEN
+            assert advice in refused.log.read_text()
+        with Connection(broker.url) as connection:
+            channel = connection.default_channel
+            channel.queue_delete(INTERACTIVE)
+        with worker_process(path):
+            assert (await job.result(60)).text == "it waits"

@@ -21,6 +21,7 @@ from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item, StartedAnew, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
 from tests.support.docs import blocks
+from tests.support.processes import PATIENCE_S
 from tests.support.programs import (
     ProgramSimulator,
     bounded,
@@ -30,7 +31,7 @@ from tests.support.programs import (
     script,
     seen_from_outside,
 )
-from tests.support.simulator import refusing_url
+from tests.support.simulator import Plan, refusing_url
 
 pytestmark = pytest.mark.xdist_group("programs")
 
@@ -105,8 +106,8 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
     ("model", "bounds", "code", "text"),
     [
         ("sim:fault=hang", {"first_token_s": 2}, "timeout_first_token", ""),
-        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 30, "idle_s": 1}, "timeout_idle", "tok0 tok1 "),
-        ("sim:tokens=1000,rate=20", {"first_token_s": 30, "total_s": 3}, "timeout_total", None),
+        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 3}, "timeout_idle", "tok0 tok1 "),
+        ("sim:tokens=1000,rate=20", {"first_token_s": 60, "total_s": 3}, "timeout_total", None),
     ],
 )
 async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_with_it(
@@ -114,7 +115,7 @@ async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_w
 ) -> None:
     seen: list[Item] = []
     asked = replace(call(), timeouts=Timeouts(**bounds))
-    async with leaving_none(timeout_s=2):
+    async with leaving_none():
         with pytest.raises(BackendError) as caught:
             await bounded(real(sim, model), asked, seen)
     assert caught.value.code == code
@@ -155,7 +156,7 @@ async def test_a_slow_reader_gets_the_whole_answer(sim: ProgramSimulator) -> Non
     async with leaving_none(), aclosing(real(sim).complete(call())) as items:
         seen.append(await anext(items))
         # The program has all of it now, far more than its pipe takes, and would exit if it were let.
-        await sim.wait_idle(timeout_s=20)
+        await sim.wait_idle()
         async for item in items:
             seen.append(item)  # noqa: PERF401 - begun above
     assert text_of(seen) == plan.expected_text()
@@ -164,7 +165,7 @@ async def test_a_slow_reader_gets_the_whole_answer(sim: ProgramSimulator) -> Non
 async def test_neither_prompt_nor_secret_can_be_seen_while_the_program_runs(sim: ProgramSimulator) -> None:
     asked = call("planted-prompt", system="planted-system", stop=["planted-stop"])
     backend = real(sim, "sim:tokens=4,after=2,fault=stall")
-    async with leaving_none(timeout_s=2), aclosing(backend.complete(asked)) as items:
+    async with leaving_none(), aclosing(backend.complete(asked)) as items:
         await anext(items)
         shown = seen_from_outside()
     assert "--include-partial-messages" in shown, "the program's own command line is to be among them"
@@ -210,12 +211,14 @@ async def test_a_request_reaches_the_api_with_all_its_fields(sim: ProgramSimulat
 
 
 async def test_an_answer_of_max_tokens_ends_there_and_is_not_asked_for_again(sim: ProgramSimulator) -> None:
-    async with leaving_none():
-        items = await collect(real(sim, "sim:tokens=50"), call(max_tokens=5))
+    # The program asks for the rest at once, and would wait for it.
+    sim.plan(tokens=50)
+    sim.default = Plan(fault="hang")
+    async with leaving_none(), asyncio.timeout(PATIENCE_S):
+        items = await collect(real(sim), call(max_tokens=5))
     assert text_of(items) == "tok0 tok1 tok2 tok3 tok4 "
     assert isinstance(items[-1], Finished)
     assert items[-1].reason == "length"
-    # The program asks for the rest at once; it is ended in its first attempt, before it asks a third time.
     assert len(sim.requests) <= 2
 
 
@@ -380,12 +383,12 @@ async def test_bytes_that_are_no_utf_8_become_replacement_characters(tmp_path: P
 
 async def test_a_child_that_holds_standard_output_holds_up_nobody(tmp_path: Path) -> None:
     body = printing(delta("one"), end="if os.fork() == 0: time.sleep(600)")
-    async with leaving_none(), asyncio.timeout(10):
+    async with leaving_none(), asyncio.timeout(PATIENCE_S):
         items, error = await failure(scripted(tmp_path, body), call())
     assert (text_of(items), error.code) == ("one", "cut")
 
 
 async def test_nothing_after_the_last_word_is_waited_for(tmp_path: Path) -> None:
-    async with leaving_none(), asyncio.timeout(10):
+    async with leaving_none(), asyncio.timeout(PATIENCE_S):
         items = await collect(scripted(tmp_path, printing(result("done"), end="time.sleep(600)")), call())
     assert text_of(items) == "done"

@@ -22,7 +22,7 @@ import pytest
 from promptmill.settings import load_settings
 from promptmill_workers.backends import load_backend
 from tests.support.docs import PAGES, Block, blocks, steady
-from tests.support.up import Up, environment
+from tests.support.up import ENDED_S, Up, environment
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -41,7 +41,7 @@ options = {{ tokens_per_s = 200 }}
 type = "echo"
 [models.slow]
 type = "echo"
-options = {{ tokens_per_s = 5 }}
+options = {{ first_token_s = 2, tokens_per_s = 5 }}
 """
 
 
@@ -75,7 +75,7 @@ def run(block: Block, up: Up) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=ENDED_S,
         check=False,
     )
     assert done.returncode == 0, f"{block.place}\n{done.stdout}\n{up.err}"
@@ -114,7 +114,8 @@ def test_the_examples_run_and_print_what_the_page_says(page: str, up: Up, tmp_pa
 def test_the_page_shows_the_whole_answer_in_a_browser(up: Up, page_listener: socket.socket, tmp_path: Path) -> None:
     (block,) = [b for b in blocks("docs/guide.md") if b.language == "html"]
     prompt = "wörd " * 20 + "end"
-    job = httpx.post(f"{up.about['url']}/v1/jobs", json={"prompt": prompt, "model": "sonnet"}, trust_env=False).json()
+    request = {"prompt": prompt, "model": "sonnet"}
+    job = httpx.post(f"{up.about['url']}/v1/jobs", json=request, timeout=ENDED_S, trust_env=False).json()
     page = block.text.replace("STREAM_URL", up.about["url"] + job["stream_url"])
     # What the example has no need of: tell the test what the page shows, and whether its source is closed.
     page += '<script>setInterval(() => fetch("/seen", {method: "POST", body: JSON.stringify('
@@ -155,7 +156,7 @@ def test_the_page_shows_the_whole_answer_in_a_browser(up: Up, page_listener: soc
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert closed.wait(60), seen[-1:]
+        assert closed.wait(ENDED_S), seen[-1:]
         assert seen[-1][0] == prompt
     finally:
         shown.terminate()

@@ -21,7 +21,7 @@ from promptmill.up.datadir import DataDir, find_running_up
 from promptmill.up.embedded import EmbeddedStore, StoreProgram, find_store_program
 from promptmill.up.part import PartSpec
 from promptmill.up.supervisor import Supervisor
-from tests.support.processes import wait_gone
+from tests.support.processes import PATIENCE_S, wait_gone
 
 
 @asynccontextmanager
@@ -98,7 +98,7 @@ async def test_the_reason_of_a_failed_start_is_told_from_its_log(tmp_path: Path)
         with socket.create_server(("127.0.0.1", store.port)):
             async with Supervisor(lambda _: None) as supervisor:
                 await supervisor.start(PartSpec("redis", tuple(store.command), stdin=store.configuration, guarded=True))
-                await asyncio.wait_for(supervisor.first_death(), 10)
+                await asyncio.wait_for(supervisor.first_death(), PATIENCE_S)
             assert "in use" in store.explain_failure()
 
 

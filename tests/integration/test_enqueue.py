@@ -20,7 +20,7 @@ from promptmill import enqueue
 from promptmill.enqueue import Enqueuer
 from promptmill.keys import new_job_id
 from promptmill.queues import API_FAMILY, queues_of
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.store import StoreServer, running_store
 
 QUEUE = queues_of(API_FAMILY)[0]
@@ -38,7 +38,7 @@ async def enqueuer(url: str) -> AsyncGenerator[Enqueuer]:
 
 async def send_several(sender: Enqueuer) -> list[int]:
     """What eight senders at once are answered; they must all be answered soon."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         return await asyncio.gather(*(sender.send([(new_job_id(), QUEUE)]) for _ in range(8)))
 
 
@@ -128,7 +128,7 @@ async def test_a_broker_that_refuses_costs_senders_little(
 ) -> None:
     async with enqueuer(f"{scheme}://127.0.0.1:{closed_port}//") as sender:
         assert await send_several(sender) == [0] * 8
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert await sender.depth(QUEUE) is None
     assert caplog.text.count("broker unavailable") == 1
 
@@ -139,7 +139,7 @@ async def test_a_broker_that_never_answers_holds_no_one_for_long(
 ) -> None:
     async with enqueuer(f"{scheme}://127.0.0.1:{silent_port}//") as sender:
         assert await send_several(sender) == [0] * 8
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert await sender.depth(QUEUE) is None
     assert caplog.text.count("broker unavailable") == 1
 
@@ -149,7 +149,7 @@ async def test_an_amqp_broker_that_falls_silent_once_connected_holds_no_one_for_
         async with enqueuer(f"amqp://127.0.0.1:{port}//") as sender:
             assert await send_several(sender) == [0] * 8
             assert asked.is_set()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await sender.depth(QUEUE) is None
 
 
@@ -187,7 +187,7 @@ async def test_messages_go_again_once_the_broker_hung_and_goes_on(broker: StoreS
         os.kill(broker.process.pid, signal.SIGSTOP)
         try:
             assert await send_several(sender) == [0] * 8
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 assert await sender.depth(QUEUE) is None
         finally:
             os.kill(broker.process.pid, signal.SIGCONT)

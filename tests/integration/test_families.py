@@ -15,10 +15,8 @@ from promptmill.contract import Progress
 from promptmill.heartbeat import read_beats
 from promptmill.store import Store
 from tests.support.plugin import install_plugin
-from tests.support.processes import wait_until
-from tests.support.worker import worker_process
-
-QUICK = "heartbeat_s = 0.2\ndead_after_s = 1.0\n"
+from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.worker import QUICK, worker_process
 
 FAMILY_OF_ITS_OWN = """
 [models.plain]
@@ -89,12 +87,12 @@ async def test_a_job_of_a_family_runs_only_on_its_workers(write_config) -> None:
         with worker_process(path) as plain:
             await plain.ready(settings.store_url)
             waiting = await producer.submit("hello", model="apart")
-            assert (await (await producer.submit("hi", model="plain")).result(10)).text == "hi"
+            assert (await (await producer.submit("hi", model="plain")).result(PATIENCE_S)).text == "hi"
             assert "apart" not in (await producer.ready()).families
             assert (await producer.get(waiting.id)).state == "queued"
             with worker_process(path, "own", "apart") as own:
                 await own.ready(settings.store_url)
-                assert (await waiting.result(10)).text == "hello"
+                assert (await waiting.result(PATIENCE_S)).text == "hello"
                 assert (await producer.ready()).families["apart"] == 1
 
 
@@ -106,10 +104,10 @@ async def test_a_job_whose_producer_did_not_know_the_family_is_handed_on(write_c
             await plain.ready(settings.store_url)
             own_id = await own.ready(settings.store_url)
             job = await producer.submit("hello", model="apart")
-            async with asyncio.timeout(20), aclosing(producer.events(job.id)) as events:
+            async with asyncio.timeout(PATIENCE_S), aclosing(producer.events(job.id)) as events:
                 phases = [e.message or e.phase async for e in events if isinstance(e, Progress)]
             assert phases == ["queued", "started", "handed to the apart workers", "started"]
-            done = await job.result(5)
+            done = await job.result(PATIENCE_S)
             assert (done.text, done.attempt) == ("hello", 1)
             store = await Store.connect(settings.store_url)
             try:
@@ -129,7 +127,7 @@ async def test_two_workers_that_disagree_about_a_family_do_not_pass_a_job_to_and
             await plain.ready(settings.store_url)
             await own.ready(settings.store_url)
             job = await producer.submit("hello", model="apart")
-            assert (await job.result(20)).text == "hello"
+            assert (await job.result(PATIENCE_S)).text == "hello"
 
 
 async def test_a_worker_whose_event_loop_stands_still_is_ended_and_its_job_runs_elsewhere(
@@ -147,10 +145,10 @@ async def test_a_worker_whose_event_loop_stands_still_is_ended_and_its_job_runs_
             job = await producer.submit("hello", model="b")
             await wait_until(mark.exists, "the first worker blocks")
             with worker_process(path, "two", env=env):
-                done = await job.result(60)
+                done = await job.result(PATIENCE_S)
             assert done.text == "after the block"
             assert [a.outcome for a in done.attempts] == ["crashed", "succeeded"]
-            assert one.process.wait(10) == 1
+            assert one.process.wait(PATIENCE_S) == 1
             assert "Timeout" in one.log.read_text()
 
 
@@ -172,8 +170,7 @@ async def test_a_worker_whose_event_loop_stands_still_swallows_no_message(
             await wait_until(lambda: "does not turn" in one.log.read_text(), "it gives messages back")
             with worker_process(path, "two", env=env) as two:
                 await two.ready(settings.store_url)
-                # Well before the sweep would send them again, and before the first worker is ended.
-                assert [(await job.result(15)).text for job in jobs] == [str(n) for n in range(20)]
+                assert [(await job.result(PATIENCE_S)).text for job in jobs] == [str(n) for n in range(20)]
             one.process.kill()
 
 
@@ -190,7 +187,7 @@ async def test_an_expired_login_pauses_its_model_until_it_is_renewed_and_operato
         await pubsub.subscribe(keys.OPERATORS)
 
         async def heard() -> dict[str, str]:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 async for message in pubsub.listen():
                     if message["type"] == "message":
                         return json.loads(message["data"])
@@ -200,7 +197,7 @@ async def test_an_expired_login_pauses_its_model_until_it_is_renewed_and_operato
             await worker.ready(settings.store_url)
             for _ in range(3):
                 with pytest.raises(JobFailed) as failed:
-                    await (await producer.submit("hello", model="c")).result(10)
+                    await (await producer.submit("hello", model="c")).result(PATIENCE_S)
                 assert failed.value.code == "auth_expired"
             assert calls.read_text() == "x", "only the first job may ask a model whose login has expired"
             event = await heard()
@@ -211,7 +208,7 @@ async def test_an_expired_login_pauses_its_model_until_it_is_renewed_and_operato
 
             await wait_until(paused, "readiness shows the pause")
             file.write_text("new")
-            assert (await (await producer.submit("hello", model="c")).result(10)).text == "welcome"
+            assert (await (await producer.submit("hello", model="c")).result(PATIENCE_S)).text == "welcome"
             assert (await heard())["event"] == "claudelike_auth_renewed"
 
             async def resumed() -> bool:

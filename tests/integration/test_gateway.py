@@ -28,7 +28,7 @@ async def gateway(redis_url: str, **values: Any) -> AsyncGenerator[httpx.AsyncCl
     async with (
         open_gateway(settings) as service,
         serving(service.app, service.streams) as running,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=15) as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=60) as http,
     ):
         yield http
 
@@ -381,7 +381,7 @@ async def test_a_watcher_that_fails_stops_the_server(redis_url: str, monkeypatch
 async def test_a_reader_that_leaves_is_unsubscribed(redis_url: str) -> None:
     settings = Settings(redis_url=redis_url)
     async with open_gateway(settings) as service, serving(service.app, service.streams) as running:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}") as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=60) as http:
             path = (await http.post("/v1/jobs", json=ECHO)).headers["location"]
         async with request(running.port, f"{path}/stream") as stream:
             await stream.read_events(1)

@@ -20,6 +20,7 @@ from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
 from tests.support.docs import blocks
+from tests.support.processes import PATIENCE_S
 from tests.support.programs import (
     ProgramSimulator,
     bounded,
@@ -106,7 +107,7 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
     ("model", "bounds", "code", "text"),
     [
         ("sim:fault=hang", {"first_token_s": 4}, "timeout_first_token", ""),
-        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 30, "idle_s": 1}, "timeout_idle", "tok0 tok1 "),
+        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 3}, "timeout_idle", "tok0 tok1 "),
     ],
 )
 async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_with_it(
@@ -114,7 +115,7 @@ async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_w
 ) -> None:
     seen: list[Item] = []
     asked = replace(call(), timeouts=Timeouts(**bounds))
-    async with leaving_none(timeout_s=2):
+    async with leaving_none():
         with pytest.raises(BackendError) as caught:
             await bounded(real(sim, model), asked, seen)
     assert (caught.value.code, text_of(seen)) == (code, text)
@@ -151,7 +152,7 @@ async def test_what_lies_above_the_working_directory_is_not_read(
 async def test_neither_prompt_nor_secret_can_be_seen_while_the_program_runs(sim: ProgramSimulator) -> None:
     asked = call("planted-prompt", system="planted-system", stop=["planted-stop"])
     backend = real(sim, "sim:tokens=4,after=2,fault=stall")
-    async with leaving_none(timeout_s=2), aclosing(backend.complete(asked)) as items:
+    async with leaving_none(), aclosing(backend.complete(asked)) as items:
         await anext(items)
         shown = seen_from_outside()
     assert "GEMINI_SYSTEM_MD=" in shown, "the program's own environment is to be among them"
@@ -318,5 +319,5 @@ async def test_a_text_that_ends_badly_ends_in_its_code(
 
 async def test_a_child_that_holds_standard_output_holds_up_nobody(tmp_path: Path) -> None:
     body = printing(said("one"), result("success"), end="if os.fork() == 0: time.sleep(600)")
-    async with leaving_none(), asyncio.timeout(10):
+    async with leaving_none(), asyncio.timeout(PATIENCE_S):
         assert text_of(await collect(scripted(tmp_path, body), call())) == "one"

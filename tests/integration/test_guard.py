@@ -17,7 +17,7 @@ import pytest
 
 from promptmill.up import guard as guard_module
 from promptmill.up.part import guard_interpreter
-from tests.support.processes import alive, wait_gone
+from tests.support.processes import PATIENCE_S, alive, wait_gone
 
 DEAF = """
 import signal, sys, time
@@ -33,13 +33,13 @@ class Guarded:
     lifeline_end: int
     program: int = 0
 
-    def report(self, timeout_s: float = 10) -> str:
+    def report(self, timeout_s: float = PATIENCE_S) -> str:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
         assert ready, "the guard reports nothing"
         return self.process.stdout.readline().decode().strip()
 
-    def heard(self, timeout_s: float = 10) -> str:
+    def heard(self, timeout_s: float = PATIENCE_S) -> str:
         assert self.process.stderr is not None
         ready, _, _ = select.select([self.process.stderr], [], [], timeout_s)
         assert ready, "the program says nothing"
@@ -85,7 +85,7 @@ class Starter:
                 guarded.cut_lifeline()
             if guarded.process.poll() is None:
                 guarded.process.send_signal(signal.SIGINT)
-            guarded.process.wait(10)
+            guarded.process.wait(PATIENCE_S)
             for pipe in (guarded.process.stdout, guarded.process.stderr):
                 assert pipe
                 pipe.close()
@@ -105,7 +105,7 @@ def test_the_program_is_ended_when_the_lifeline_ends(guard: Starter) -> None:
     assert guarded.report() == f"exit {-signal.SIGTERM}"
     assert guarded.report() == "gone"
     assert not alive(guarded.program)
-    assert guarded.process.wait(5) == 128 + signal.SIGTERM
+    assert guarded.process.wait(PATIENCE_S) == 128 + signal.SIGTERM
 
 
 def test_a_program_that_ignores_term_is_killed_after_the_grace(guard: Starter) -> None:
@@ -114,11 +114,11 @@ def test_a_program_that_ignores_term_is_killed_after_the_grace(guard: Starter) -
     started = time.monotonic()
     guarded.process.terminate()
     assert guarded.report() == f"exit {-signal.SIGKILL}"
-    assert 0.25 < time.monotonic() - started < 3
+    assert time.monotonic() - started > 0.25, "it had its grace"
 
 
 def test_an_interrupt_kills_without_the_grace(guard: Starter) -> None:
-    guarded = guard(sys.executable, "-c", DEAF, grace_s=60)
+    guarded = guard(sys.executable, "-c", DEAF, grace_s=600)
     assert guarded.heard() == "deaf"
     guarded.process.terminate()
     guarded.process.send_signal(signal.SIGINT)
@@ -129,7 +129,7 @@ def test_the_programs_own_end_is_reported_with_its_status(guard: Starter) -> Non
     guarded = guard("/bin/sh", "-c", "exit 7")
     assert guarded.report() == "exit 7"
     assert guarded.report() == "gone"
-    assert guarded.process.wait(5) == 7
+    assert guarded.process.wait(PATIENCE_S) == 7
 
 
 def test_children_that_the_program_leaves_in_its_group_are_killed(guard: Starter) -> None:
@@ -144,7 +144,7 @@ def test_children_that_the_program_leaves_in_its_group_are_killed(guard: Starter
 def test_the_program_dies_with_a_guard_that_is_killed(guard: Starter) -> None:
     guarded = guard("/bin/sleep", "600")
     guarded.process.kill()
-    wait_gone([guarded.program], 5)
+    wait_gone([guarded.program])
 
 
 def test_the_program_reads_the_guards_standard_input(guard: Starter) -> None:
@@ -172,11 +172,10 @@ def test_the_program_inherits_nothing_but_its_streams_and_the_lock(guard: Starte
 
 
 def test_a_guard_is_small_and_quick(guard: Starter) -> None:
-    times: list[float] = []
+    used_s: list[float] = []
     for _ in range(5):
-        started = time.monotonic()
-        guarded = guard("/bin/sleep", "600")
-        times.append(time.monotonic() - started)
-    assert psutil.Process(guarded.process.pid).memory_info().rss < 15 * 1024 * 1024
-    # 40 ms alone on the machine; the bound leaves room for a busy one.
-    assert min(times) < 0.2
+        process = psutil.Process(guard("/bin/sleep", "600").process.pid)
+        assert process.memory_info().rss < 15 * 1024 * 1024
+        # Processor time: it does not grow with what else runs here. About 20 ms.
+        used_s.append(process.cpu_times().user + process.cpu_times().system)
+    assert min(used_s) < 0.1

@@ -60,11 +60,13 @@ async def served(
 
 
 async def ended(reader: asyncio.StreamReader) -> bytes:
-    """What comes until the server closes."""
+    """What comes until the server closes, politely or not."""
+    received = b""
     async with asyncio.timeout(LONG_S):
-        with contextlib.suppress(ConnectionResetError):
-            return await reader.read()
-    return b""
+        with contextlib.suppress(ConnectionError):
+            while chunk := await reader.read(1 << 16):
+                received += chunk
+    return received
 
 
 async def answered(reader: asyncio.StreamReader) -> bytes:
@@ -324,3 +326,36 @@ def test_every_known_wait_is_told_in_whole_seconds(error: PromptmillError, statu
     assert code == status
     assert dict(headers).get(b"retry-after") == wait
     assert json.loads(sent)["code"] == error.code
+
+
+# -- requests in line -----------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_that_left_with_a_request_in_line_is_noticed_at_once() -> None:
+    hub = FakeHub()
+    hub.jobs["job-1"] = FakeJob()
+    endpoint = streams(hub)
+    async with served(endpoint, endpoint) as running:
+        async with raw(running.port) as (reader, writer):
+            writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % PATH.encode() + HELLO)
+            async with asyncio.timeout(LONG_S):
+                await reader.readuntil(b"retry: 1000\n\n")
+            assert endpoint.open_streams == 1
+        # No event comes, and no keepalive: nothing is written that could fail.
+        await wait_until(lambda: endpoint.open_streams == 0, "the stream is closed", LONG_S)
+
+
+async def test_nonsense_behind_an_open_stream_ends_it_and_does_not_pose_as_events(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hub = FakeHub()
+    hub.jobs["job-1"] = FakeJob()
+    endpoint = streams(hub)
+    async with served(endpoint, endpoint) as running, raw(running.port) as (reader, writer):
+        writer.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % PATH.encode())
+        async with asyncio.timeout(LONG_S):
+            await reader.readuntil(b"retry: 1000\n\n")
+        writer.write(b"\0\0\0")
+        assert b"400" not in await ended(reader)
+        await wait_until(lambda: endpoint.open_streams == 0, "the stream is closed", LONG_S)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from promptmill_workers import isolated
 from promptmill_workers.backends import gemini_api
 from promptmill_workers.backends.base import Backend, Finished, StartedAnew, TextDelta, UsageUpdate
 from promptmill_workers.isolated import USUAL_KEYS, make_backend
-from promptmill_workers.programs import prepare
+from promptmill_workers.programs import ProgramLimits, prepare
 from promptmill_workers.testing import call, collect, failure, text_of
 from tests.support.plugin import install_plugin
-from tests.support.processes import alive, tree, wait_until
+from tests.support.processes import PATIENCE_S, alive, tree, wait_until
 from tests.support.simulator import Simulator
 from tests.support.worker import worker_process
 
@@ -111,7 +112,7 @@ async def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     await prepare()  # the warden stays as long as this process
     before = tree(os.getpid())
     yield site
-    await wait_until(lambda: tree(os.getpid()) <= before and not sleepers(), "no process of ours runs", timeout_s=5)
+    await wait_until(lambda: tree(os.getpid()) <= before and not sleepers(), "no process of ours runs")
 
 
 @asynccontextmanager
@@ -215,12 +216,16 @@ async def test_a_garbled_line_is_malformed(monkeypatch: pytest.MonkeyPatch) -> N
     assert (text, error.code) == ("one", "malformed")
 
 
-async def test_closing_the_call_closes_the_backend_before_its_process_ends(tmp_path: Path) -> None:
+async def test_closing_the_call_closes_the_backend_before_its_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The grace of half a second is not enough on a busy machine.
+    monkeypatch.setattr(isolated, "ProgramLimits", partial(ProgramLimits, grace_s=PATIENCE_S))
     mark = tmp_path / "mark"
     async with doing("wait", mark=str(mark)) as backend, aclosing(backend.complete(call())) as items:
         await anext(items)
         assert not mark.exists()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(PATIENCE_S):
             await items.aclose()
         assert mark.read_text() == "closed"
 
@@ -230,14 +235,14 @@ async def test_one_that_does_not_listen_is_ended(do: str) -> None:
     async with doing(do) as backend, aclosing(backend.complete(call())) as items:
         await anext(items)
         (child,) = children()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             await items.aclose()
         assert not alive(child)
 
 
 async def test_a_thread_that_it_left_behind_holds_nobody_up() -> None:
     async with doing("thread") as backend:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             assert text_of(await collect(backend, call())) == "begun ended"
 
 
@@ -344,7 +349,7 @@ async def test_a_worker_whose_backend_blocks_its_loop_ends_the_job_in_time_and_s
 type = "unruly"
 isolation = "process"
 options = { do = "block" }
-timeouts = { idle_s = 1 }
+timeouts = { idle_s = 4 }
 [models.apart]
 type = "echo"
 isolation = "process"
@@ -354,7 +359,7 @@ isolation = "process"
         async with AsyncProducer(settings) as producer:
             await worker.ready(settings.store_url)
             first = await producer.submit("hello", model="apart")
-            assert (await first.result(20)).text == "hello"
+            assert (await first.result(PATIENCE_S)).text == "hello"
             alone = tree(worker.pid)  # the worker and its warden
             job = await producer.submit("x", model="blocking")
             events = job.events()
@@ -364,9 +369,9 @@ isolation = "process"
                         break
             assert len(tree(worker.pid)) > len(alone)
             other = await producer.submit("hello", model="apart")
-            assert (await other.result(5)).text == "hello"
+            assert (await other.result(PATIENCE_S)).text == "hello"
             with pytest.raises(JobFailed) as caught:
-                await job.result(10)
+                await job.result(PATIENCE_S)
             assert caught.value.code == "timeout_idle"
-            await wait_until(lambda: tree(worker.pid) <= alone, "the backend's process is gone", timeout_s=3)
+            await wait_until(lambda: tree(worker.pid) <= alone, "the backend's process is gone")
             assert worker.process.poll() is None

@@ -20,10 +20,11 @@ from promptmill.live import Editor, LiveRegistry
 from promptmill.settings import Settings
 from promptmill.store import Store
 from tests.support.plugin import install_plugin
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.worker import WorkerProcess, worker_process
 
-QUICK = "heartbeat_s = 0.2\ndead_after_s = 2.0\n"
+QUICK = "heartbeat_s = 0.2\n"
+"""How soon workers tell which version of the registry they go by."""
 FILE = QUICK + '[models.filed]\ntype = "echo"\noptions = { text = "of the file" }\n[roles.chat]\nprimary = "filed"\n'
 
 SLOW = """
@@ -78,11 +79,11 @@ async def heard(store: Store, count: int) -> None:
         version = int(await store.redis.hget(keys.REGISTRY, "version"))
         return [b.registry for b in await ready_workers(store)].count(version) == count
 
-    await wait_until(all_of_them, "all workers heard of the change", timeout_s=10)
+    await wait_until(all_of_them, "all workers heard of the change")
 
 
 async def answer(producer: AsyncProducer, **options: Any) -> str | None:
-    return (await (await producer.submit("x", **options)).result(15)).text
+    return (await (await producer.submit("x", **options)).result(PATIENCE_S)).text
 
 
 async def test_a_model_that_is_added_live_answers_on_two_running_workers(
@@ -140,8 +141,8 @@ async def test_a_running_call_ends_on_the_old_options_and_new_calls_use_the_new_
             assert first == "new"
             assert not closed.exists(), "a backend was closed under a call"
             go.touch()
-            assert (await running.result(10)).text == "old and still old"
-            assert (await later.result(10)).text == "new and still new"
+            assert (await running.result(PATIENCE_S)).text == "old and still old"
+            assert (await later.result(PATIENCE_S)).text == "new and still new"
             await wait_until(lambda: closed.exists() and closed.read_text() == "old\n", "the old backend is closed")
 
 
@@ -246,7 +247,7 @@ async def test_a_family_that_no_model_has_is_no_worker_and_the_message_lists_the
     path, _ = write_config(QUICK)
     await editor.add_model("apart", {"type": "echo", "family": "lab"})
     with worker_process(path, "wrong", "nope") as wrong:
-        assert await asyncio.to_thread(wrong.process.wait, 20) == 6
+        assert await asyncio.to_thread(wrong.process.wait, PATIENCE_S) == 6
         assert "--family nope: no model belongs to it; there is: api, lab" in wrong.log.read_text()
 
 
@@ -287,7 +288,7 @@ async def test_each_change_says_who_made_it_what_was_and_what_is_and_tells_the_c
         )
         third = await Editor(store, settings, "bob@two").remove_model("m")
         told: list[int] = []
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             async for message in channel.listen():
                 if message["type"] == "message":
                     told.append(int(message["data"]))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from promptmill import keys
-from promptmill.contract import Done, Progress
+from promptmill.contract import Done, Limits, Progress
+from promptmill.errors import StoreUnavailable
 from promptmill.registry import Registry
 from promptmill.settings import ModelConfig, Price, Settings
 from promptmill.store import Claimed, Store
 from promptmill.usage import book
 from tests.support.gateway import Front, running_gateway, running_relay
+from tests.support.store import running_store
 from tests.support.web import request
 
 ECHO: dict[str, Any] = {"prompt": "hello", "model": "echo"}
@@ -227,3 +231,78 @@ def test_an_id_cannot_be_guessed() -> None:
     assert sum(map(math.log2, alphabets)) > 128
     for job_id in ids[:100]:
         assert keys.check_job_id(job_id) == job_id
+
+
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+
+async def test_no_key_and_no_signature_comes_back_or_is_logged_whatever_goes_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A good key, a wrong one, the signing key and the store's password, on every way to an error."""
+    good, wrong, signing, password = (
+        f"planted{name}{keys.new_job_id()}" for name in ("Good", "Wrong", "Sign", "Store")
+    )
+    monkeypatch.setenv("KEY_ANN", good)
+    keyring: Any = {"ann": {"key_env": "KEY_ANN"}}
+    with running_store(tmp_path) as server:
+        plain = await Store.connect(server.url)
+        await plain.redis.config_set("requirepass", password)
+        url = server.url.replace("redis://", f"redis://:{password}@")
+        settings = Settings(redis_url=url, api_keys=keyring, signing_key=signing, limits=Limits(request_bytes=2000))
+        caplog.set_level("DEBUG")
+        said: list[str] = []
+        async with running_gateway(settings) as front:
+            ok = {"X-API-Key": good}
+            job = (await front.http.post("/v1/jobs", json=ECHO, headers=ok)).json()
+            signature = parse_qs(urlsplit(job["stream_url"]).query)["sig"][0]
+
+            async def ask(method: str, path: str, expected: int, **more: Any) -> None:
+                answer = await front.http.request(method, path, **more)
+                assert answer.status_code == expected, (method, path, answer.text)
+                said.append(f"{answer.headers} {answer.text}")
+
+            for headers in ({"X-API-Key": wrong}, {"Authorization": f"Bearer {wrong}"}, {"Authorization": wrong}):
+                for method, path in (
+                    ("GET", "/v1/jobs"),
+                    ("POST", "/v1/jobs"),
+                    ("GET", f"/v1/jobs/{job['id']}/stream"),
+                ):
+                    await ask(method, path, 401, headers=headers)
+            await ask("GET", f"/v1/jobs/{job['id']}/stream?expires=1&sig={signature}", 401)
+            await ask("GET", f"/v1/jobs/{job['id']}/stream?expires=1&sig={wrong}", 401, headers=ok)
+            await ask("GET", "/v1/jobs?user=bob", 403, headers=ok)
+            await ask("GET", "/nothing", 404, headers=ok)
+            await ask("DELETE", "/v1/jobs", 405, headers=ok)
+            await ask("POST", "/v1/jobs", 400, headers=ok, content=b"{")
+            await ask("POST", "/v1/jobs", 400, headers=ok, json={**ECHO, "api": 1})
+            await ask("POST", "/v1/jobs", 413, headers=ok, content=b" " * 2001)
+            keyed = {**ok, "Idempotency-Key": keys.new_job_id()}
+            await ask("POST", "/v1/jobs", 202, headers=keyed, json=ECHO)
+            await ask("POST", "/v1/jobs", 409, headers=keyed, json={**ECHO, "prompt": "other"})
+            said[:] = [text.replace(signature, "") if "202" in text else text for text in said]
+            with monkeypatch.context() as broken:
+                broken.setattr("promptmill.client.AsyncProducer.get", _fail)
+                await ask("GET", f"/v1/jobs/{job['id']}", 500, headers=ok)
+            server.kill()
+            await ask("GET", f"/v1/jobs/{job['id']}", 503, headers=ok)
+            await ask("POST", "/v1/jobs", 503, headers=ok, json=ECHO)
+            await ask("GET", "/readyz", 503)
+            async with request(front.port, job["stream_url"]) as stream:
+                said.append((await stream.read_chunk()).decode())
+        await plain.aclose()
+        server.start()
+        with pytest.raises(StoreUnavailable) as caught:
+            await Store.connect(url.replace(password, password + "x"))
+        said.append(str(caught.value))
+    # This process is the client as well.
+    own = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    log = "\n".join(map(logging.Formatter("%(levelname)s %(name)s %(message)s").format, own))
+    assert "somebody's bug" in log, "the log was read"
+    for secret in (good, wrong, signing, password, signature):
+        assert [text[:300] for text in said if secret in text] == []
+        assert secret not in log
+
+
+async def _fail(*_: object) -> None:
+    raise ZeroDivisionError("somebody's bug")

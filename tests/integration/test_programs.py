@@ -28,6 +28,7 @@ from promptmill.errors import BackendError
 from promptmill_workers.programs import LEVELS, Program, ProgramLimits, open_sandbox, probe_all
 from promptmill_workers.programs.levels import prepare
 from tests.support.hostile import command
+from tests.support.processes import PATIENCE_S, wait_until
 
 uvloop.new_event_loop().close()  # libuv keeps a pipe of its own for ever, from the first loop on
 PERMITTED = asyncio.run(probe_all())
@@ -100,7 +101,7 @@ async def running(
 
 
 async def until_ready(program: Program) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         async for line in program.lines():
             assert line == b"ready"
             return
@@ -108,7 +109,7 @@ async def until_ready(program: Program) -> None:
 
 
 async def said(program: Program) -> list[bytes]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         return [line async for line in program.lines()]
 
 
@@ -123,33 +124,31 @@ async def test_leaving_the_run_ends_everything(tag: str, level: str, what: str) 
     async with running(tag, level, *what.split()) as program:
         await until_ready(program)
         started = time.monotonic()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < PATIENCE_S, "not the five minutes for which they all sleep"
 
 
 async def test_what_a_program_leaves_when_it_ends_by_itself_is_ended_too(tag: str, level: str) -> None:
     if level == "group":
         pytest.skip(NEEDS_MORE_THAN_A_GROUP)
     async with running(tag, level, "hold_stdout") as program:
-        started = time.monotonic()
+        # Within less than the child's five minutes: its end is the leader's.
         assert await said(program) == [b"the child holds it"]
         assert program.status == 3
-        # Not the grace, and not the child's five minutes: its end is the leader's.
-        assert time.monotonic() - started < 5
 
 
 async def test_a_polite_program_gets_term_and_its_grace(tag: str, level: str) -> None:
     script = "trap 'echo bye; exit 4' TERM; echo ready; while :; do sleep 0.05; done"
     async with open_sandbox("polite") as box:
-        limits = ProgramLimits(grace_s=20)
+        limits = ProgramLimits(grace_s=300)
         async with box.run(["/bin/sh", "-c", script, tag], environment={}, limits=limits, level=level) as program:
             await until_ready(program)
             started = time.monotonic()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < PATIENCE_S, "it ends by itself, before its grace is over"
         assert program.status == 4
 
 
 async def test_a_program_out_of_its_run_time_is_ended_by_the_guard(tag: str, level: str) -> None:
-    limits = ProgramLimits(run_s=0.5, grace_s=0.2)
+    limits = ProgramLimits(run_s=3, grace_s=0.2)  # for a start on a busy machine
     async with running(tag, level, "ignore_term", limits=limits) as program:
         assert await said(program) == [b"ready"]
         assert program.status == -signal.SIGKILL
@@ -186,23 +185,20 @@ async def test_a_gigabyte_on_one_line_is_not_read_as_long_as_nobody_takes_it(tag
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        # The kernel's pipe is full, and the program waits in its write.
-        await _until(lambda: process.status() == psutil.STATUS_SLEEPING)
-        written = process.io_counters().write_chars
-        await asyncio.sleep(0.2)
-        assert process.io_counters().write_chars == written < 4 << 20
+
+        async def stands_still() -> bool:
+            written = process.io_counters().write_chars
+            await asyncio.sleep(0.2)  # nothing is to happen in it
+            return 0 < written == process.io_counters().write_chars
+
+        await wait_until(stands_still, "the kernel's pipe is full, and the program waits in its write")
+        assert process.status() == psutil.STATUS_SLEEPING
+        assert process.io_counters().write_chars < 4 << 20
 
 
 async def _found(tag: str, count: int) -> list[psutil.Process]:
-    await _until(lambda: len(processes_of(tag)) == count)
+    await wait_until(lambda: len(processes_of(tag)) == count, f"{count} processes run")
     return processes_of(tag)
-
-
-async def _until(condition: object, timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 async def test_standard_error_is_drained_and_its_tail_kept(tag: str, level: str) -> None:
@@ -266,7 +262,7 @@ async def test_the_loop_turns_while_a_program_does_not_read_its_prompt(tag: str,
         await until_ready(program)
         started = time.monotonic()
         await asyncio.sleep(0)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < PATIENCE_S, "not until it reads, which it never does"
 
 
 async def test_secrets_are_read_from_descriptors_and_stand_in_no_list(level: str) -> None:
@@ -380,7 +376,7 @@ async def test_fifty_programs_at_once_and_fifty_kills_in_a_row_leave_nothing(tag
         async with running(f"{tag}-{number}", level, "polite") as program:
             await until_ready(program)
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(200):
         await asyncio.gather(*(one(number) for number in range(50)))
         for _ in range(50):
             async with open_sandbox("sleep") as box, box.run(["/bin/sleep", "300"], environment={}, level=level):

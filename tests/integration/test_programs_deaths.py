@@ -26,7 +26,7 @@ from promptmill_workers.programs.environment import jobs_root
 from promptmill_workers.programs.link import warden
 from tests.integration.test_programs import processes_of
 from tests.support.hostile import command
-from tests.support.processes import wait_gone, wait_until
+from tests.support.processes import PATIENCE_S, block_until, wait_gone, wait_until
 
 PERMITTED = asyncio.run(probe_all())
 LIMITS = ProgramLimits(grace_s=0.2)
@@ -98,7 +98,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield start
     for worker in workers:
         worker.process.kill()
-        worker.process.wait(10)
+        worker.process.wait(PATIENCE_S)
         assert worker.process.stdout
         worker.process.stdout.close()
         for process in processes_of(worker.tag):
@@ -133,17 +133,14 @@ def test_nothing_is_left_when_they_are_killed(start: Start, level: str, killed: 
     worker.kill(*killed)
     if "worker" not in killed:
         # The job learns that its program died, and the worker ends by itself, in order.
-        assert worker.process.wait(15) == 0
-    wait_gone(everything, 15)
+        assert worker.process.wait(PATIENCE_S) == 0
+    wait_gone(everything)
     assert processes_of(worker.tag) == []
     wait_no_directories(worker)
 
 
 def wait_no_directories(worker: Worker) -> None:
-    deadline = time.monotonic() + 5
-    while worker.directories():
-        assert time.monotonic() < deadline, worker.directories()
-        time.sleep(0.02)
+    block_until(lambda: not worker.directories(), "its directories are gone")
 
 
 def test_a_program_goes_on_when_its_warden_is_killed_and_the_next_has_another(start: Start, level: str) -> None:
@@ -153,7 +150,7 @@ def test_a_program_goes_on_when_its_warden_is_killed_and_the_next_has_another(st
     wait_gone([worker.pids["pm-warden"]])
     assert all(psutil.pid_exists(pid) for pid in program)
     worker.kill("worker")
-    wait_gone(program, 15)
+    wait_gone(program)
     wait_no_directories(worker)
 
 
@@ -163,17 +160,14 @@ def test_all_three_killed_at_once_leave_what_the_level_says_until_the_next_start
     worker = start(level, "double_fork")
     everything = worker.everything()
     worker.kill("worker", "pm-warden", "pm-guard")
-    worker.process.wait(10)
+    worker.process.wait(PATIENCE_S)
     if level == "pidns":
-        wait_gone(everything, 15)
+        wait_gone(everything)
     # The next worker of the same user ends and removes the rest as it starts.
     follower = start("subreaper", "polite")
-    wait_gone(everything, 15)
+    wait_gone(everything)
     assert processes_of(worker.tag) == []
-    deadline = time.monotonic() + 10
-    while len(worker.directories()) > 1:
-        assert time.monotonic() < deadline, worker.directories()
-        time.sleep(0.02)
+    block_until(lambda: len(worker.directories()) <= 1, "the dead worker's directory is gone")
     assert psutil.pid_exists(follower.process.pid), "the sweep is for the dead alone"
     assert len(processes_of(follower.tag)) == 2
 
@@ -181,10 +175,8 @@ def test_all_three_killed_at_once_leave_what_the_level_says_until_the_next_start
 def test_a_guard_that_its_program_stopped_is_killed_by_the_warden_of_a_dead_worker(start: Start) -> None:
     worker = start("subreaper", "stop_guard")
     everything = worker.everything()
-    started = time.monotonic()
     worker.kill("worker")
-    wait_gone(everything, 25)
-    assert time.monotonic() - started < 20
+    wait_gone(everything)
     wait_no_directories(worker)
 
 
@@ -194,16 +186,17 @@ async def test_a_guard_that_its_program_stopped_is_killed_in_a_bounded_time() ->
         async with box.run(command(tag, "stop_guard"), environment={}, limits=LIMITS, level="subreaper") as program:
             assert await anext(program.lines()) == b"ready"
             started = time.monotonic()
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < PATIENCE_S, "not the five minutes for which it sleeps"
     assert processes_of(tag) == []
 
 
 async def test_sigterm_to_a_guard_ends_its_program_with_its_grace(level: str) -> None:
     tag = f"hostile-{os.urandom(16).hex()}"
     await prepare()
+    limits = ProgramLimits(grace_s=PATIENCE_S)
     async with (
         open_sandbox("hostile") as box,
-        box.run(command(tag, "polite"), environment={}, limits=LIMITS, level=level) as program,
+        box.run(command(tag, "polite"), environment={}, limits=limits, level=level) as program,
     ):
         lines = program.lines()
         assert await anext(lines) == b"ready"
@@ -262,7 +255,8 @@ async def test_a_process_with_a_thousand_threads_starts_programs_without_stoppin
         release.set()
         for thread in threads:
             thread.join()
-    assert max(gaps) < 0.5
+    # A loop that waits for a start stands still for as long as that takes; a busy machine alone, for much less.
+    assert max(gaps) < 5
 
 
 def test_a_fork_of_the_worker_neither_keeps_its_warden_nor_uses_it(level: str) -> None:
@@ -288,8 +282,8 @@ if os.fork() == 0:
     with process.stdout, process.stdin:
         first = int(process.stdout.readline())
         assert process.stdout.readline() == b"[b'child']\n"
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE_S) == 0
         # The fork still runs.
-        wait_gone([first], 5)
+        wait_gone([first])
         process.stdin.close()
         assert process.stdout.read() == b""

@@ -17,7 +17,7 @@ from promptmill.errors import BadRequest, NotFound
 from promptmill.reading import Frame, Hub, Reader
 from promptmill.store import Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ class Job:
 
 
 async def read_all(reader: Reader) -> list[Frame]:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         return [frame async for batch in reader for frame in batch]
 
 
@@ -292,7 +292,7 @@ async def test_any_interleaving_of_publish_subscribe_and_reconnect(store: Store,
             if frames and frames[-1].ends:
                 return frames
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(2 * PATIENCE_S):
         readings = [asyncio.create_task(read(dice.choice([0, 0.02, 0.2]))) for _ in range(8)]
         await write()
         for frames in await asyncio.gather(*readings):

@@ -14,7 +14,7 @@ from promptmill_relay import protocol, server
 from promptmill_relay.auth import Access, FixedSecret, KeyRing, Secret, StreamUrls
 from promptmill_relay.door import Door
 from promptmill_relay.stream import StreamEndpoint
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.web import FakeHub, FakeJob, MissingSecret, Server, raw, request, serving
 
 PATH = "/v1/jobs/job-1/stream"
@@ -173,6 +173,7 @@ async def test_shutdown_ends_every_stream_between_two_events() -> None:
 
 async def test_a_reader_that_never_reads_does_not_hold_the_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "_CUT_AFTER_S", 0.3)
+    monkeypatch.setattr(server, "GRACE_S", 600)
     async with relay() as mill, request(mill.port, PATH) as answer:
         large = token(1, "y" * 1_000_000)
         mill.say(*([large] for _ in range(50)))
@@ -180,7 +181,7 @@ async def test_a_reader_that_never_reads_does_not_hold_the_shutdown(monkeypatch:
         left = mill.job.events.qsize()
         # It is not read: the socket's buffers fill up, and the rest stays where it is.
         assert left > 20
-        async with asyncio.timeout(server.GRACE_S):
+        async with asyncio.timeout(PATIENCE_S):
             await mill.running.stop()
         assert not answer.ended
 
@@ -273,16 +274,16 @@ async def test_a_head_that_never_ends_is_given_up(first: bytes, monkeypatch: pyt
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
     async with relay() as mill, raw(mill.port) as (reader, writer):
         writer.write(first)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await reader.read()
 
 
 async def test_an_open_stream_outlives_the_time_for_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.5)
     async with relay() as mill, request(mill.port, PATH) as answer:
         await answer.read_chunk()
         # Past the head's time, because this waits for a later timer of the same loop.
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.6)
         mill.say([DONE], None)
         assert len(await answer.read_events()) == 1
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 
 import psutil
@@ -15,7 +14,7 @@ import pytest
 from promptmill.settings import child_environment
 from promptmill.up.part import PartDied, PartSpec
 from promptmill.up.supervisor import Supervisor, restart_pause_s
-from tests.support.processes import alive, wait_gone, wait_until
+from tests.support.processes import PATIENCE_S, alive, wait_gone, wait_until
 
 SLEEP = "import time; time.sleep(600)"
 WATCHES = """
@@ -90,12 +89,12 @@ async def test_a_killed_guard_leaves_no_second_program_behind(supervisor: Superv
     first = supervisor.pids()["redis"]
     psutil.Process(first).parent().kill()  # type: ignore[union-attr]
     await wait_until(lambda: supervisor.pids().get("redis", first) != first, "a new pid")
-    wait_gone([first], 2)
+    wait_gone([first])
 
 
 async def test_a_death_before_all_is_ready_is_an_error_with_the_last_words(supervisor: Supervisor) -> None:
     await supervisor.start(python("gateway", "import sys; print('no such thing'); sys.exit(6)"))
-    died = await asyncio.wait_for(supervisor.first_death(), 10)
+    died = await asyncio.wait_for(supervisor.first_death(), PATIENCE_S)
     assert isinstance(died, PartDied)
     assert died.code == "part_died"
     assert died.tail == ["no such thing"]
@@ -122,24 +121,20 @@ async def test_a_part_that_ignores_term_is_killed_after_its_time(said: Said) -> 
         await supervisor.start(python("worker-1", DEAF, stop_s=0.3))
         await wait_until(lambda: "worker-1 | deaf" in said, "it ignores TERM")
         pid = supervisor.pids()["worker-1"]
-        started = time.monotonic()
-    assert time.monotonic() - started < 4
     assert not alive(pid)
 
 
 async def test_hurry_kills_all_at_once(said: Said) -> None:
     async with Supervisor(said) as supervisor:
         for order, name in enumerate(("worker-1", "worker-2", "gateway")):
-            await supervisor.start(python(name, DEAF, stop_s=60, stop_order=order))
+            await supervisor.start(python(name, DEAF, stop_s=600, stop_order=order))
         await wait_until(lambda: sum("deaf" in line for line in said) == 3, "all ignore TERM")
         pids = set(supervisor.pids().values())
         stopping = asyncio.create_task(supervisor.stop())
         await asyncio.sleep(0)
-        started = time.monotonic()
         supervisor.hurry.set()
-        await stopping
-    assert time.monotonic() - started < 4
-    wait_gone(pids, 1)
+        await asyncio.wait_for(stopping, PATIENCE_S)
+    wait_gone(pids)
 
 
 async def test_a_part_with_a_lifeline_dies_when_its_supervisor_is_gone(said: Said) -> None:
@@ -149,18 +144,18 @@ async def test_a_part_with_a_lifeline_dies_when_its_supervisor_is_gone(said: Sai
     await wait_until(lambda: "worker-1 | watching" in said, "it watches")
     pid = supervisor.pids()["worker-1"]
     supervisor._close_lifeline()  # pyright: ignore[reportPrivateUsage] - what the kernel does when `up` dies
-    wait_gone([pid], 5)
+    wait_gone([pid])
     await supervisor.stop()
 
 
 async def test_endless_lines_are_cut_and_a_held_pipe_is_not_waited_for(supervisor: Supervisor, said: Said) -> None:
-    code = "import subprocess\nprint('x' * 100_000, flush=True)\nsubprocess.Popen(['sleep', '3'])"
+    code = "import subprocess\nprint('x' * 100_000)\nprint('held', subprocess.Popen(['sleep', '600']).pid)"
     await supervisor.start(python("worker-1", code))
-    started = time.monotonic()
-    await asyncio.wait_for(supervisor.first_death(), 10)
-    assert time.monotonic() - started < 2.5
-    assert said
+    await asyncio.wait_for(supervisor.first_death(), PATIENCE_S)
     assert max(map(len, said)) < 5_000
+    (holder,) = [int(line.rpartition(" ")[2]) for line in said if "| held " in line]
+    assert alive(holder)
+    os.kill(holder, signal.SIGKILL)
 
 
 def test_the_pause_before_a_restart_doubles_up_to_a_bound() -> None:

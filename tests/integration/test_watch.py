@@ -13,6 +13,7 @@ from promptmill.heartbeat import beat, leave, read_beats, ready_workers
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.watch import Watcher
+from tests.support.processes import wait_until
 
 
 @pytest.fixture
@@ -29,20 +30,15 @@ async def held_by(store: Store, producer: AsyncProducer, worker: str) -> str:
     return job.id
 
 
-async def look_for(watcher: Watcher, seconds: float) -> list[str]:
-    dead: list[str] = []
-    end = asyncio.get_running_loop().time() + seconds
-    while asyncio.get_running_loop().time() < end:
-        dead += await watcher.look()
-        await asyncio.sleep(0.02)
-    return dead
-
-
 async def test_a_counter_that_stands_still_is_a_dead_worker(store, producer, watcher) -> None:
     worker = keys.new_token()
     await beat(store, worker, 1, "ready", 0.05)
     job_id = await held_by(store, producer, worker)
-    assert worker in await look_for(watcher, 0.5)
+
+    async def given_up() -> bool:
+        return worker in await watcher.look()
+
+    await wait_until(given_up, "the worker is given up")
     assert (await store.get(job_id)).state == "queued"
     assert not await store.redis.exists(keys.claims(worker))
     await store.cancel(job_id, "over", "t")
@@ -73,12 +69,18 @@ async def test_a_worker_that_leaves_with_claims_stays_to_be_found(store, produce
 
 
 async def test_a_draining_or_silent_worker_does_not_make_ready(store) -> None:
-    before = len(await ready_workers(store))
     worker = keys.new_token()
-    await beat(store, worker, 1, "draining", 2)
-    assert len(await ready_workers(store)) == before
-    await beat(store, worker, 2, "ready", 2)
-    assert len(await ready_workers(store)) == before + 1
+
+    async def ready() -> bool:
+        return worker in {b.worker for b in await ready_workers(store)}
+
+    await beat(store, worker, 1, "draining", 20)
+    assert not await ready()
+    await beat(store, worker, 2, "ready", 20)
+    assert await ready()
+    await beat(store, worker, 3, "ready", 0)
+    await asyncio.sleep(1.1)  # the store's clock goes on: with that period it is silent after a second
+    assert not await ready()
     await store.redis.hdel(keys.WORKERS, worker)
 
 

@@ -36,6 +36,15 @@ class FakeWire:
                 replies.append(err)
         return replies
 
+    serial = 1
+    """It never connects anew."""
+
+    async def connected(self) -> int:
+        return self.serial
+
+    async def many_on(self, serial: int, commands: Sequence[Any]) -> list[Any]:
+        return await self.many(commands)
+
     def tell(self, commands: Sequence[Any]) -> None:
         # In its place among the commands, as on a wire.
         self._told.append(commands)

@@ -25,6 +25,7 @@ import json, os, re, signal, socket, sys, time
 name = re.search(MARK + r"([^\\s\\"\\\\]+)", sys.stdin.readline()).group(1)
 line = socket.create_connection(("127.0.0.1", PORT))
 line.sendall(name.encode() + b"\\n")
+nth = int(line.makefile().readline())
 if HOSTILE:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -37,7 +38,7 @@ if HOSTILE:
 def say(**line):
     sys.stdout.write(json.dumps(line) + "\\n")
     sys.stdout.flush()
-words = ["tok%d " % n for n in range(TOKENS)]
+words = ["tok%d " % n for n in range(FIRST_TOKENS if nth == 1 else TOKENS)]
 time.sleep(FIRST_S)
 for word in words:
     if DIALECT == "claude":
@@ -90,7 +91,8 @@ class Presence:
             with self._lock:
                 place = len(self._visits)
                 self._visits.append(Visit(name, None))
-            with suppress(ConnectionError):  # it was killed with bytes unread: gone all the same
+            with suppress(OSError):  # it was killed with bytes unread: gone all the same
+                line.sendall(b"%d\n" % len(self.visits(name)))
                 said.read()
             with self._lock:
                 self._visits[place] = Visit(name, time.monotonic())
@@ -121,6 +123,7 @@ def present_program(
     dialect: Literal["claude", "gemini"],
     *,
     tokens: int = 1000,
+    first_tokens: int | None = None,
     pause_s: float = 0.05,
     first_s: float = 0.0,
     hostile: bool = False,
@@ -128,13 +131,15 @@ def present_program(
 ) -> str:
     """A script that stands for ``claude`` or ``gemini`` and answers ``tok0 tok1 …``; answers its path.
 
-    Its prompt must hold ``MARK`` and a name. ``hostile``: it and a daemon that it forks heed no signal but KILL.
+    Its prompt must hold ``MARK`` and a name. ``first_tokens``: so many where it is the first for its job, in the place
+    of ``tokens``. ``hostile``: it and a daemon that it forks heed no signal but KILL.
     """
     facts = {
         "MARK": MARK,
         "PORT": seen_by.port,
         "DIALECT": dialect,
         "TOKENS": tokens,
+        "FIRST_TOKENS": tokens if first_tokens is None else first_tokens,
         "PAUSE_S": pause_s,
         "FIRST_S": first_s,
         "HOSTILE": hostile,

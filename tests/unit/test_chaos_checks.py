@@ -8,7 +8,7 @@ from copy import deepcopy
 import pytest
 from ops.chaos.checks import CHECKS, check, text_of
 from ops.chaos.facts import Books, Event, Facts, JobFacts, Provider, View, read_facts
-from ops.chaos.figures import figures, pickups, shown
+from ops.chaos.figures import figures, pickups, shown, started
 
 PROMPT = "one two "
 LOG: list[Event] = [
@@ -22,6 +22,7 @@ LOG: list[Event] = [
     ("9500-3", {"type": "token", "text": "two "}),
     ("9900-1", {"type": "done", "text": PROMPT}),
 ]
+TRIES = {"tries": ["x:lost"], "presumed": ["x:lost"]}
 CUT: list[Event] = [
     ("200-1", {"type": "progress", "phase": "queued"}),
     ("210-1", {"type": "progress", "phase": "started"}),
@@ -41,12 +42,7 @@ def good() -> Facts:
     facts.views = [
         View(reader="0.0", job_id="a", how="relay", events=deepcopy(LOG)),
         View(reader="1.0", job_id="b", how="library", events=deepcopy(CUT)),
-        View(
-            reader="late.0",
-            job_id="a",
-            how="late",
-            events=[("9900-0", {"type": "token", "text": PROMPT}), deepcopy(LOG[-1])],
-        ),
+        View(reader="late.0", job_id="a", how="late", events=late),
     ]
     facts.faults = [{"fault": "kill", "target": "w0", "killed_ms": 500, "held": [["a", 110]]}]
     facts.cancels = [{"job": "b", "asked_ms": 290, "state": "cancelled"}]
@@ -63,6 +59,11 @@ def good() -> Facts:
 
 def test_a_good_run_holds() -> None:
     assert check(good()) == []
+
+
+def _late_after_an_outage(facts: Facts) -> None:
+    facts.faults.append({"fault": "store_kill", "began_ms": 1000, "over_ms": 2000})
+    facts.pickup_p99_max_s = 7.4
 
 
 BREAKS: dict[str, tuple[str, str, Callable[[Facts], object]]] = {
@@ -113,6 +114,7 @@ BREAKS: dict[str, tuple[str, str, Callable[[Facts], object]]] = {
     "a part ended by itself": ("processes", "", lambda f: f.exits[0].update(expected=False)),
     "a part did not stop well": ("processes", "", lambda f: f.exits[1].update(code=1)),
     "a job waited too long": ("pickup", "", lambda f: setattr(f, "pickup_p99_max_s", 8)),
+    "a job waited too long after an outage": ("pickup", "", _late_after_an_outage),
 }
 
 
@@ -137,6 +139,18 @@ def test_one_request_of_a_cancelled_job_may_be_unknown_to_the_books_and_no_more(
     assert [violation.check for violation in check(facts)] == ["requests"]
 
 
+def test_what_was_presumed_of_a_worker_that_had_told_of_its_last_attempt_is_not_booked() -> None:
+    facts = good()
+    facts.jobs["a"].tries, facts.jobs["a"].presumed = ["x:1", "x:lost", "y:2"], ["x:lost"]
+    facts.books.entries["a"] = ["x:1", "y:2"]
+    assert check(facts) == []
+    facts.jobs["a"].presumed = []
+    assert [violation.check for violation in check(facts)] == ["usage"]
+    facts.jobs["a"].tries, facts.jobs["a"].presumed = ["x:lost", "y:2"], ["x:lost"]
+    facts.books.entries["a"] = ["y:2"]
+    assert [violation.check for violation in check(facts)] == ["usage", "requests"]
+
+
 def test_tokens_before_a_restart_are_void() -> None:
     assert text_of(LOG) == PROMPT
     assert text_of(LOG[:4]) == "one "
@@ -155,7 +169,7 @@ def test_a_ledger_is_put_in_order() -> None:
             {"kind": "reads", "at": 7, "reader": "0.1", "job": "a", "how": "library"},
             {"kind": "log", "at": 8, "job": "a", "events": [["1-1", {"type": "token", "text": "x"}]]},
             {"kind": "cancelled", "at": 4, "job": "a", "asked_ms": 2, "state": "cancelled"},
-            {"kind": "record", "job": "a", "state": "cancelled", "text": "x", "error": None, "crashes": 1, "tries": []},
+            {"kind": "record", "job": "a", "state": "cancelled", "text": "x", "error": None, "crashes": 1} | TRIES,
             {"kind": "found", "what": "known_jobs", "value": ["a"]},
             {"kind": "found", "what": "provider", "value": {"requests": {}, "open_requests": 1, "open_connections": 0}},
         ]
@@ -178,11 +192,14 @@ def test_a_ledger_is_put_in_order() -> None:
 def test_a_pickup_is_counted_from_the_kill_to_the_next_start() -> None:
     facts = good()
     (pickup,) = pickups(facts)
-    assert (pickup.job, pickup.requeued_s, pickup.started_s, pickup.store_away) == ("a", 8.5, 9.0, False)
+    assert (pickup.job, pickup.requeued_s, pickup.started_s, pickup.back_s) == ("a", 8.5, 9.0, None)
+    assert started([pickup]) == [9.0]
     facts.faults.append({"fault": "store_kill", "began_ms": 4000, "over_ms": 5000})
-    assert [p.store_away for p in pickups(facts)] == [True]
+    (past,) = pickups(facts)
+    assert (past.started_s, past.back_s) == (9.0, 4.5)
+    assert started([past]) == []
     facts.faults[-1] |= {"began_ms": 9600, "over_ms": 9700}
-    assert [p.store_away for p in pickups(facts)] == [False]
+    assert [p.back_s for p in pickups(facts)] == [None]
 
 
 def test_a_job_that_was_cancelled_before_it_ran_again_has_no_pickup() -> None:

@@ -19,6 +19,8 @@ class Capacity:
         self._lock = threading.Lock()
         self._total = 0
         self._batch = 0
+        self._lent = 0
+        self._pulled = 0
 
     def take(self, queue: str) -> bool:
         """Count one more message; False where there was no room for it. Each is followed by :meth:`give`."""
@@ -40,7 +42,43 @@ class Capacity:
             return self._has_room(queue)
 
     def _has_room(self, queue: str) -> bool:
-        return self._total < self.concurrency and (queue != self._batch_queue or self._batch < self.batch_max)
+        if self._total >= self.concurrency:
+            return False
+        return queue != self._batch_queue or self._batch + max(self._lent, self._pulled) < self.batch_max
+
+    # -- lines of batches, which come without messages ----------------------------------------------------------
+
+    def lend(self, slots: int) -> None:
+        """Set aside so many of the batch jobs' slots for lines of batches.
+
+        They are lent as a block and not one by one: with each change another set of queues may have to be consumed.
+        One slot of the process, where it has more, is left to messages.
+        """
+        with self._lock:
+            self._lent = min(slots, self.batch_max, max(1, self.concurrency - 1))
+
+    def pull(self, most: int) -> int:
+        """Count up to ``most`` more lines, as many as there are slots for. Each is followed by :meth:`pulled_done`."""
+        with self._lock:
+            free = min(self._lent, self.batch_max - self._batch, self.concurrency - self._total + self._pulled)
+            new = max(0, min(most, free - self._pulled))
+            self._pulled += new
+            self._total += new
+            return new
+
+    def pulled_done(self, count: int = 1) -> bool:
+        """Lines that were pulled are done with; True where no slot was free before."""
+        with self._lock:
+            was_full = self._total >= self.concurrency
+            self._pulled -= count
+            self._total -= count
+            return was_full
+
+    @property
+    def pulled(self) -> int:
+        """How many lines of batches run."""
+        with self._lock:
+            return self._pulled
 
     @property
     def free(self) -> int:

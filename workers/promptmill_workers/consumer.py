@@ -76,16 +76,23 @@ class _Pool(TaskPool):
 class _CeleryConsumer(CeleryConsumer):
     """Celery's consumer without what we do not use, and with an end where the broker's queues are not ours."""
 
+    follow: Callable[[], None]
+
     class Blueprint(CeleryConsumer.Blueprint):
         # Would make 28 queues on RabbitMQ for delays of Celery's.
         default_steps: Any = [  # noqa: RUF012 - as Celery has it
             step for step in CeleryConsumer.Blueprint.default_steps if "delayed_delivery" not in str(step)
         ]
 
+    def on_ready(self) -> None:
+        """It consumes what it consumed before the connection was lost; slots may have become free since."""
+        super().on_ready()
+        self.follow()
+
     def on_connection_error_after_connected(self, exc: Any) -> None:
         """Celery would try again for ever, and say no more than that the connection was lost."""
         if foreign := foreign_queue(exc):
-            logger.critical("this worker ends: %s", foreign)
+            logger.critical("this worker ends: %s; %s", *foreign)
             raise WorkerShutdown(_EXIT_FOREIGN_QUEUE)
         super().on_connection_error_after_connected(exc)  # pyright: ignore[reportUnknownMemberType]
 
@@ -112,10 +119,12 @@ class Consumer:
             ready_callback=self._ready,
         )
         self._controller.consumer.initial_prefetch_count = _PREFETCH
+        self._controller.consumer.follow = self._follow
         self._capacity = Capacity(settings.concurrency, self._queues[1], settings.batch_share)
+        engine.feeding.puller.share(self._capacity, self._look_anew)
         pool = self._controller.pool
         pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
-        self._paused = False
+        self._paused = self._following = False
         self._held_back = True
         """Whether a queue is not consumed; while none is, the end of a job needs no look at the queues."""
         self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
@@ -133,6 +142,12 @@ class Consumer:
             worker_send_task_events=False,
             worker_cancel_long_running_tasks_on_connection_loss=False,
             broker_connection_max_retries=None,
+            # Redis that became a replica (a failover) answers with errors that Celery otherwise dies of.
+            broker_channel_error_retry=not is_amqp(settings.queue_url),
+            # Exclusive, it would be locked by a connection of ours that broke and that the broker still believes in;
+            # newer RabbitMQ refuses queues that are neither exclusive nor durable.
+            control_queue_exclusive=False,
+            control_queue_durable=True,
         )
         message = Request if is_amqp(settings.queue_url) else _Hint
 
@@ -159,7 +174,6 @@ class Consumer:
     def _ready(self, consumer: Any) -> None:
         worker_ready: Any = signals.worker_ready
         worker_ready.send(sender=consumer)  # Flower and other listeners expect what Celery's own worker says
-        self._follow()
         self._on_ready()
 
     # -- which queues are consumed ------------------------------------------------------------------------------
@@ -167,47 +181,66 @@ class Consumer:
     def _follow(self) -> None:
         """Consume the queues for which there is room, and no other. Only in Celery's thread.
 
+        While RabbitMQ is asked, messages may arrive and call this again; so after each change all is looked at anew.
         What is selected here also holds after a reconnect, so an error may leave this half done.
         """
+        if self._following:
+            return
+        self._following = True
+        try:
+            consumer = self._controller.consumer
+            batch_waits = self._amqp and self._others_first(consumer)
+            while self._change_one(consumer, batch_waits):
+                continue
+        finally:
+            self._following = False
+        if not self._amqp:
+            channel = consumer.task_consumer.channel
+            channel.brpop_timeout = _HELD_BACK_POLL_S if self._held_back else channel.connection.brpop_timeout
+
+    def _others_first(self, consumer: Any) -> bool:
+        """RabbitMQ serves its queues side by side. The last free slot goes to an interactive job, if one waits."""
+        interactive, batch = self._queues
+        if self._paused or batch in self._app.amqp.queues.consume_from or self._capacity.free != 1:
+            return False
+        if not consumer.task_consumer.channel.queue_declare(interactive, passive=True).message_count:
+            return False
+        consumer.timer.call_after(_LOOK_AGAIN_S, self._follow)
+        return True
+
+    def _change_one(self, consumer: Any, batch_waits: bool) -> bool:
+        """Begin or cease to consume one queue; False where there is nothing to change."""
         self._held_back = True  # a slot that gets free while we look must have us look again
-        consumer = self._controller.consumer
         queues: Any = self._app.amqp.queues
-        wanted = self._wanted(consumer)
+        wanted = [] if self._paused else [name for name in self._queues if self._capacity.has_room(name)]
+        if batch_waits and self._queues[1] in wanted:
+            wanted.remove(self._queues[1])
         for position, name in enumerate(self._queues):
-            if name not in wanted and name in queues.consume_from:
+            if name in queues.consume_from and name not in wanted:
                 self._leave(consumer, name)
-            elif name in wanted and name not in queues.consume_from:
+                return True
+            if name in wanted and name not in queues.consume_from:
                 # Redis serves queues in the order in which they were added: the later ones come off and on again.
                 for later in self._queues[position + 1 :]:
                     self._leave(consumer, later)
                 consumer.task_consumer.add_queue(queues.select_add(queues[name]))
                 consumer.task_consumer.consume()
+                return True
         self._held_back = len(wanted) < len(self._queues)
-        if not self._amqp:
-            channel = consumer.task_consumer.channel
-            channel.brpop_timeout = _HELD_BACK_POLL_S if self._held_back else channel.connection.brpop_timeout
+        return False
 
     def _leave(self, consumer: Any, name: str) -> None:
         self._app.amqp.queues.deselect(name)
         consumer.task_consumer.cancel_by_queue(name)
 
-    def _wanted(self, consumer: Any) -> list[str]:
-        """The queues to consume now."""
-        if self._paused:
-            return []
-        interactive, batch = self._queues
-        wanted = [name for name in self._queues if self._capacity.has_room(name)]
-        if self._amqp and batch in wanted and batch not in self._app.amqp.queues.consume_from:
-            # RabbitMQ serves its queues side by side. The last free slot goes to a job of the first one, if one waits.
-            waiting = consumer.task_consumer.channel.queue_declare(queue=interactive, passive=True).message_count
-            if waiting and self._capacity.free == 1:
-                wanted.remove(batch)
-                consumer.timer.call_after(_LOOK_AGAIN_S, self._follow)
-        return wanted
-
     def _follow_soon(self) -> None:
         """As :meth:`_follow`, from any thread, where something may have changed. Returns at once."""
         if self._held_back and not self._paused:
+            self._controller.consumer.call_soon(self._follow)
+
+    def _look_anew(self) -> None:
+        """As :meth:`_follow_soon`, where fewer messages may come than before."""
+        if not self._paused:
             self._controller.consumer.call_soon(self._follow)
 
     def pause(self) -> None:

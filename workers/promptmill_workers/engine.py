@@ -26,6 +26,8 @@ from promptmill.store.connection import reason, store_errors
 from promptmill.store.link import Link
 from promptmill.usage import warm
 from promptmill.watch import Watcher
+from promptmill_workers.feeding import Feeding
+from promptmill_workers.orphans import Orphans
 from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
 from promptmill_workers.quarantine import Quarantine
@@ -68,10 +70,12 @@ class Engine:
         self._pace = Pace()
         self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], tuple[str, str] | None] = {}
+        """What is being served, with the message that brought it."""
         self.live = LiveRegistry(settings)
         self._using: set[asyncio.Task[None]] = set()
         self._handing_back: dict[str, str] = {}
+        self._sending_back: list[tuple[str, str]] = []
 
     @classmethod
     async def start(cls, settings: Settings, name: str, family: str = API_FAMILY, *, alone: bool = False) -> Engine:
@@ -93,6 +97,7 @@ class Engine:
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
         engine.runner.renew = engine._renew_registry
+        engine.orphans = Orphans(engine.store, engine.worker_id, engine.runner.running, engine.watcher)
         if alone:
             engine.state = "quarantine"
             engine.runner.alone = True
@@ -112,6 +117,8 @@ class Engine:
         ]
         if not alone:
             engine._tasks.append(asyncio.create_task(engine.watcher.run(), name="watcher"))
+            engine.feeding = Feeding(engine.store, settings, engine.worker_id, family, engine._serve, engine.enqueuer)
+            engine._tasks += engine.feeding.start()
         return engine
 
     store: Store
@@ -119,7 +126,9 @@ class Engine:
     writer: Writer
     runner: Runner
     watcher: Watcher
+    orphans: Orphans
     quarantine: Quarantine | None = None
+    feeding: Feeding
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
@@ -141,11 +150,12 @@ class Engine:
         except CancelledError:
             logger.info("job %s was not begun here: the worker stops", job_id)
 
-    async def _serve(self, job_id: str, queue: str, begun: threading.Event) -> None:
-        begun.set()
+    async def _serve(self, job_id: str, queue: str, begun: threading.Event | None = None) -> None:
+        if begun is not None:
+            begun.set()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker
-        self._serving.add(task)
+        self._serving[task] = (job_id, queue)
         try:
             await self._alive()
             await self._pace.turn()
@@ -155,18 +165,18 @@ class Engine:
             else:
                 await self.runner.run(job_id)
         finally:
-            self._serving.discard(task)
+            del self._serving[task]
 
     async def run_alone(self, job_id: str) -> None:
         """Run a job of the quarantine to its end."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker
-        self._serving.add(task)
+        self._serving[task] = None
         try:
             await self._alive()
             await self.runner.run(job_id)
         finally:
-            self._serving.discard(task)
+            del self._serving[task]
 
     async def _convict(self, worker_id: str) -> None:
         """A quarantine process was seen to die with a job in it, whose fault it then is."""
@@ -187,6 +197,7 @@ class Engine:
         if self.state == "starting":
             self.state = "ready"
             await self._beat_now()
+            self.feeding.ready()
 
     async def _heart(self) -> None:
         while True:
@@ -194,6 +205,7 @@ class Engine:
             await self._beat_now()
             if self._count % _VERIFY_EVERY_BEATS == 0:
                 await self._verify_claims()
+                await self._look_for_orphans()
 
     async def _beat_now(self) -> None:
         try:
@@ -307,12 +319,21 @@ class Engine:
             if (claim or b"").decode() != job.claim and self.runner.running.get(job.job_id) is job:
                 job.stop("taken")
 
+    async def _look_for_orphans(self) -> None:
+        try:
+            await self.orphans.look()
+        except StoreUnavailable as err:
+            logger.warning("claims not verified: %s", err)
+
     # -- the end ------------------------------------------------------------------------------------------------
 
     async def drain(self, limit_s: float) -> None:
         """Claim nothing more; let running jobs finish for up to ``limit_s``; hand the rest back."""
         self.state = "draining"
-        await self._beat_now()
+        await self.feeding.stop()
+        # Not waited for: a store that does not answer must not hold up what comes next.
+        self._using.add(last := asyncio.create_task(self._beat_now(), name="last beat"))
+        last.add_done_callback(self._used)
         if self._serving:
             logger.info("draining: %d jobs here, waiting up to %g s", len(self._serving), limit_s)
             await asyncio.wait(set(self._serving), timeout=limit_s)
@@ -324,15 +345,23 @@ class Engine:
         Called again after it was cut off, it goes on where it was. What cannot be given back is found by the watchers
         of other processes: this worker's heartbeat then stays, and stands still.
         """
-        for job in list(self.runner.running.values()):
+        # The store may have granted those as well: the wire keeps the order, so it has when it is asked for them back.
+        self._handing_back.update((job_id, claim) for claim, job_id in self.runner.claiming.items())
+        jobs = list(self.runner.running.values())
+        for job in jobs:
             self._handing_back[job.job_id] = job.claim
-            job.stop("handback")
-        for task in set(self._serving):
-            # Not running yet: still waiting for its turn or for the store.
-            if not any(job.task is task for job in self.runner.running.values()):
+            if not job.ending:
+                job.stop("handback")
+        for task, message in list(self._serving.items()):
+            # Not running yet: still waiting for its turn or for the store. Others can take its message.
+            if not any(job.task is task for job in jobs):
+                self._sending_back += [message] if message else []
                 task.cancel()
         if self._serving:
             await asyncio.wait(set(self._serving), timeout=_STOP_TIMEOUT_S)
+        if self._sending_back:
+            sending, self._sending_back = self._sending_back, []
+            await self.enqueuer.send(sending)
         if not self._handing_back:
             return
         count = len(self._handing_back)

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Final
+from typing import Final, NoReturn
 
 import uvloop
 
@@ -31,6 +31,8 @@ EXIT_BROKEN: Final = 7
 
 _WATCH_S: Final = 1.0
 _CONSUMER_STOP_S: Final = 3.0
+_END_S: Final = 20.0
+"""After the drain limit, or the second signal, the process is gone within that time, whatever does not answer."""
 _ONE_WISH_S: Final = 0.2
 
 
@@ -62,11 +64,7 @@ def prepare_process(settings: Settings) -> None:
 
 
 async def _to_the_end(settings: Settings, name: str, family: str) -> int:
-    code = await _main(settings, name, family)
-    # From here, before anything joins threads: one of Celery's that does not end must not keep the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    _exit(await _main(settings, name, family))
 
 
 def _without_foreign_traces(record: logging.LogRecord) -> bool:
@@ -92,11 +90,14 @@ async def _main(settings: Settings, name: str, family: str) -> int:
     logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, family, settings.concurrency)
     code = await _until_stopped(engine, consumer, terms)
     consumer.pause()
+    end = loop.call_later(settings.drain_s + _END_S, _give_up, code)
     drain = asyncio.create_task(engine.drain(settings.drain_s))
     again = asyncio.create_task(_second(terms))
     await asyncio.wait({drain, again}, return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
         logger.info("second signal: handing running jobs back")
+        end.cancel()
+        end = loop.call_later(_END_S, _give_up, code)
         drain.cancel()
         await asyncio.gather(drain, return_exceptions=True)
         await engine.hand_back()
@@ -105,8 +106,21 @@ async def _main(settings: Settings, name: str, family: str) -> int:
     await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
     watchdog.stop()
+    end.cancel()
     logger.info("worker %s ended", engine.worker_id)
     return code
+
+
+def _give_up(code: int) -> None:
+    logger.warning("the end takes too long: what was not handed back is left to other processes' watchers")
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    # Before anything joins threads: one of Celery's that does not end must not keep the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 async def _second(terms: asyncio.Queue[int]) -> None:

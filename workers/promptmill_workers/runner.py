@@ -34,6 +34,7 @@ from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
 from promptmill_workers.pauses import Pauses
+from promptmill_workers.tally import Tally
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -47,16 +48,19 @@ _STORE_BACKOFF_MAX_S: Final = 2.0
 class RunningJob:
     """A claim that this process holds, and the task that serves it."""
 
-    __slots__ = ("claim", "course", "job_id", "log", "stop_reason", "task", "tries")
+    __slots__ = ("batch", "claim", "course", "ending", "job_id", "log", "stop_reason", "task", "tries")
 
-    def __init__(self, job_id: str, claim: str, log: JobLog, tries: list[dict[str, Any]]) -> None:
+    def __init__(self, job_id: str, claim: str, log: JobLog, claimed: Claimed) -> None:
         self.job_id = job_id
+        self.batch = claimed.record.batch
         self.claim = claim
         self.log = log
-        self.tries = tries
+        self.tries = claimed.tries
         self.course: Course | None = None
         self.task = asyncio.current_task()
         self.stop_reason: StopReason | None = None
+        self.ending = False
+        """All that is left to do is to store its end: handed back now, a whole answer would be paid for again."""
 
     def stop(self, reason: StopReason) -> None:
         """End it from outside; the task closes its backend before it returns."""
@@ -87,7 +91,11 @@ class Runner:
         self.traffic = Traffic(store, worker_id)
         self._waiting: Counter[str] = Counter()
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
+        self.tally = Tally(store)
         self.running: dict[str, RunningJob] = {}
+        self.claiming: dict[str, str] = {}
+        """Claims whose replies are on their way, which may hold by now: token to job id."""
+        self._taken: set[str] = set()
         self.alone = False
         """Whether this process runs one job at a time, of those that lost other workers."""
         self.quarantine: Callable[[str], Awaitable[None]] | None = None
@@ -98,6 +106,7 @@ class Runner:
         """Close the backends' connections, and book what is to be booked."""
         await self.backends.aclose()
         await self.booker.aclose()
+        await self.tally.aclose()
 
     def _tell_operators(self, event: dict[str, Any]) -> None:
         self._store.wire.tell([("PUBLISH", keys.OPERATORS, orjson.dumps(event))])
@@ -109,6 +118,9 @@ class Runner:
 
     def taken(self, claim: str) -> None:
         """The control channel says that a claim was ended by somebody else."""
+        if claim in self.claiming:
+            self._taken.add(claim)  # it came before the claim's own reply
+            return
         for job in self.running.values():
             if job.claim == claim:
                 job.stop("taken")
@@ -119,13 +131,21 @@ class Runner:
     async def run(self, job_id: str) -> None:
         """Serve one message: claim the job if it still waits, and run it to its end."""
         claim = keys.new_token()
-        claimed = await self.patiently(lambda: self._claim(job_id, claim))
+        self.claiming[claim] = job_id
+        try:
+            claimed = await self.patiently(lambda: self._claim(job_id, claim))
+        finally:
+            taken = claim in self._taken
+            self._taken.discard(claim)
+            del self.claiming[claim]
         if claimed == "alone" and self.quarantine is not None:
             await self.quarantine(job_id)
         if isinstance(claimed, str):
             return
         log = self._writer.open(job_id, claim, claimed.epoch)
-        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed.tries)
+        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed)
+        if taken:
+            job.stop("taken")
         try:
             await self._attempts(job, claimed)
         except asyncio.CancelledError:
@@ -150,7 +170,8 @@ class Runner:
             self._writer.close(log)
             if self.running.get(job_id) is job:
                 del self.running[job_id]
-        if job.stop_reason != "handback":
+        # Taken away and claimed here once more, it is another claim's: off the set, nobody would find it after our death.
+        if job.stop_reason != "handback" and job_id not in self.running:
             self._store.forget_claim(job_id, self._worker_id)
 
     async def _claim(self, job_id: str, claim: str) -> Claimed | ClaimRefusal:
@@ -313,17 +334,21 @@ class Runner:
         self, job: RunningJob, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]
     ) -> None:
         """All tokens first, then the end, in one script. Repeated until the store answers."""
+        job.ending = True
 
         async def finish() -> bool:
             await self._writer.settle(job.log)
             try:
-                return await self._store.finish(job.job_id, job.claim, state, event, end, tries)
+                serial = self._writer.serial
+                return await self._store.finish(job.job_id, job.claim, state, event, end, tries, serial=serial)
             except StoreUnavailable:
                 self._writer.suspect()
                 raise
 
         if await self.patiently(finish):
             self.booker.soon(job.job_id)
+            if job.batch is not None:
+                self.tally.note(job.batch, state, end, tries)
             return
         logger.info("job %s was ended or taken by somebody else", job.job_id)
         self._tell_late(job)

@@ -44,7 +44,8 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._verified = asyncio.Event()
-        self._verified.set()
+        self.serial = 0
+        """The connection on which the store was asked what it has. Another may lead to a server that lost its tail."""
         self.on_fenced: Any = None
         """Called with the log of a job whose claim turned out to be no longer ours."""
 
@@ -93,6 +94,8 @@ class Writer:
     async def settle(self, log: JobLog) -> None:
         """Return once the store has everything of ``log``, or never will (then ``log.fenced`` or ``log.lost``)."""
         log.urgent = True
+        if self._wire.serial != self.serial:
+            self.suspect()
         if log in self._quiet:
             self._quiet.remove(log)
             self._dirty.append(log)
@@ -125,6 +128,8 @@ class Writer:
                 self._wake.clear()
                 await self._wake.wait()
             try:
+                if self._wire.serial != self.serial or not self.serial:
+                    self._verified.clear()
                 if not self._verified.is_set():
                     await self._rewind_all()
                 began = clock()
@@ -156,10 +161,9 @@ class Writer:
                 commands.append(self._append(log, first, payloads))
                 carried.append((log, first + len(payloads) - 1))
         if commands:
-            replies = await self._wire.many(commands)
+            replies = await self._wire.many_on(self.serial, commands)
             if any(isinstance(r, NoScriptError) for r in replies):
-                await self._wire.many([(b"SCRIPT", b"LOAD", APPEND.source)])
-                replies = await self._wire.many(commands)
+                replies = (await self._wire.many_on(self.serial, [(b"SCRIPT", b"LOAD", APPEND.source), *commands]))[1:]
         else:
             replies = []
         del self._dirty[: len(batch)]
@@ -204,10 +208,12 @@ class Writer:
 
     async def _rewind_all(self) -> None:
         """Ask the store for the last event of every open log, and set back those whose tail it lost."""
+        serial = await self._wire.connected()
         logs = [log for log in self._open if not (log.fenced or log.lost)]
         for start in range(0, len(logs), _JOBS_PER_WRITE):
             part = logs[start : start + _JOBS_PER_WRITE]
-            replies = await self._wire.many([(b"XREVRANGE", log.log_key, b"+", b"-", b"COUNT", b"1") for log in part])
+            asked: list[Command] = [(b"XREVRANGE", log.log_key, b"+", b"-", b"COUNT", b"1") for log in part]
+            replies = await self._wire.many_on(serial, asked)
             for log, reply in zip(part, replies, strict=True):
                 if isinstance(reply, ResponseError):
                     raise reply
@@ -216,4 +222,5 @@ class Writer:
                     log.rewind(int(n))
                 if log.acked < log.last_n or not reply:
                     self._requeue(log)
+        self.serial = serial
         self._verified.set()

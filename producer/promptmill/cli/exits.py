@@ -3,10 +3,10 @@
 ====  ==================  ======================================================================================
 code  name                when
 ====  ==================  ======================================================================================
-0     OK                  done; for ``run``, ``models test`` and ``job stream``: the job succeeded; for ``batch run`` and
-                          ``batch watch``: every line did
-1     FAILED              the job, or a line of the batch, failed or expired; ``doctor``: something that is configured does not work;
-                          ``usage verify``: a sum is not that of its entries
+0     OK                  done; for ``run``, ``models test`` and ``job stream``: the job succeeded; for ``batch run``
+                          and ``batch watch``: every line did
+1     FAILED              the job, or a line of the batch, failed or expired; ``doctor``: something that is configured
+                          does not work; ``usage verify``: a sum is not that of its entries
 2     USAGE               the command line or the request is wrong, or refused
 3     NOT_FOUND           there is no such job or batch
 4     CANCELLED           the job or the batch was cancelled

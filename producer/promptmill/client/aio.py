@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from promptmill import keys
 from promptmill.backlog import Backlog
+from promptmill.batch import BatchClient
 from promptmill.client import dead
 from promptmill.client.common import found_settings, raise_for
 from promptmill.client.options import RequestOptions, build_request
@@ -109,6 +110,7 @@ class AsyncProducer:
         self._backlog = Backlog(self.settings)
         self.live = self._routes.live
         """What answers, as far as it is known here; see :mod:`promptmill.live`."""
+        self.batches = BatchClient(self.store, self.settings, self._routes)
         self._store = store
         self._owns_store = store is None
         self._enqueuer: Enqueuer | None = None

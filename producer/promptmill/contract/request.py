@@ -15,9 +15,11 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -68,14 +70,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TextPart(_Strict):
+class _Part(_Strict):
+    @model_serializer(mode="wrap")
+    def _with_type(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Readers tell parts apart by their type; without defaults, as a request is stored, it would be left out.
+        return {"type": type(self).model_fields["type"].default, **write(self)}
+
+
+class TextPart(_Part):
     """A piece of text in a message."""
 
     type: Literal["text"] = "text"
     text: Text
 
 
-class ImagePart(_Strict):
+class ImagePart(_Part):
     """A picture: ``data`` (base64, with its ``media_type``) or ``url``, exactly one of them."""
 
     type: Literal["image"] = "image"

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
+from promptmill.queues import queues_of
 from promptmill.settings import Settings
 from promptmill.store.connection import check_server, open_redis, reason, store_errors, where
 
@@ -97,15 +98,34 @@ async def check_broker(settings: Settings) -> list[Check]:
     parts = urlsplit(settings.broker_url)
     address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
     try:
-        await asyncio.to_thread(_connect, settings.broker_url)
+        return [await asyncio.to_thread(_look_at_broker, settings.broker_url, address, settings.served_families)]
     except Exception as err:  # noqa: BLE001 - each of kombu's transports raises errors of its own; all become a finding
         found = f"{address}: {reason(err)}"
         return [Check("reachable", "broker", "fail", found, "see that it runs and that broker_url is right")]
-    return [Check("reachable", "broker", "ok", address)]
 
 
-def _connect(url: str) -> None:
-    from kombu.connection import Connection  # noqa: PLC0415 - a tenth of a second that only this check needs
+def _look_at_broker(url: str, address: str, families: list[str]) -> Check:
+    # A tenth of a second that only this check needs.
+    from amqp.exceptions import NotFound, PreconditionFailed  # noqa: PLC0415
+    from kombu.connection import Connection  # noqa: PLC0415
 
-    with Connection(url, connect_timeout=_BROKER_S) as connection:  # pyright: ignore[reportUnknownVariableType]
-        connection.ensure_connection(max_retries=1, timeout=_BROKER_S)  # pyright: ignore[reportUnknownMemberType]
+    from promptmill.enqueue import broker_queue, foreign_queue, is_amqp  # noqa: PLC0415
+
+    connection: Any
+    with Connection(url, connect_timeout=_BROKER_S) as connection:
+        connection.ensure_connection(max_retries=1, timeout=_BROKER_S)
+        if not is_amqp(url):
+            return Check("reachable", "broker", "ok", address)
+        connection.connection.sock.settimeout(_BROKER_S)
+        for name in (queue for family in families for queue in queues_of(family)):
+            try:
+                connection.channel().queue_declare(name, passive=True)
+                # Only what is there already: a look must not make queues.
+                broker_queue(name, url)(connection.channel()).queue_declare()
+            except NotFound:
+                continue
+            except PreconditionFailed as err:
+                found, advice = foreign_queue(err) or (str(err), "see the broker's log")
+                return Check("reachable", "broker", "fail", f"{address}: {found}", advice)
+        server: dict[str, Any] = connection.connection.server_properties
+        return Check("reachable", "broker", "ok", f"{server.get('product')} {server.get('version')} at {address}")

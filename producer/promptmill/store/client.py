@@ -104,16 +104,20 @@ class Store:
         args: Sequence[bytes | str | float],
         *,
         before: Sequence[Command] = (),
+        serial: int | None = None,
     ) -> Any:
         rest = (3, keys.record(job_id), keys.log(job_id), keys.channel(job_id), *args)
         try:
-            return (await self.ask([*before, ("EVALSHA", script.sha, *rest)]))[-1]
+            return (await self.ask([*before, ("EVALSHA", script.sha, *rest)], serial=serial))[-1]
         except NoScriptError:
-            return await self.wire.call("EVAL", script.source, *rest)
+            return (await self.ask([("EVAL", script.source, *rest)], serial=serial))[0]
 
-    async def ask(self, commands: Sequence[Command]) -> list[Any]:
-        """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused."""
-        replies = await self.wire.many(commands)
+    async def ask(self, commands: Sequence[Command], *, serial: int | None = None) -> list[Any]:
+        """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused.
+
+        ``serial`` is the connection that they are for: see :meth:`promptmill.store.wire.Wire.many_on`.
+        """
+        replies = await (self.wire.many(commands) if serial is None else self.wire.many_on(serial, commands))
         for reply in replies:
             if isinstance(reply, ResponseError):
                 raise reply
@@ -290,12 +294,23 @@ class Store:
         self.wire.tell([("SREM", keys.claims(worker), job_id)])
 
     async def finish(
-        self, job_id: str, claim: str, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]
+        self,
+        job_id: str,
+        claim: str,
+        state: str,
+        event: bytes,
+        end: dict[str, Any],
+        tries: list[dict[str, Any]],
+        *,
+        serial: int | None = None,
     ) -> bool:
-        """End a running job; False where the claim is no longer ours. Repeatable."""
-        reply = await self.run(
-            scripts.FINISH, job_id, claim, state, event, orjson.dumps(end), orjson.dumps(tries), LOG_TTL_MS
-        )
+        """End a running job; False where the claim is no longer ours. Repeatable.
+
+        ``serial`` is the connection on which all of its events were written: on another the server may lack some.
+        """
+        args = (claim, state, event, orjson.dumps(end), orjson.dumps(tries), LOG_TTL_MS)
+        with store_errors(self.address):
+            reply = await self._run(scripts.FINISH, job_id, args, serial=serial)
         return reply[0] == b"ok"
 
     async def cancel(self, job_id: str, reason: str, token: str) -> bool:

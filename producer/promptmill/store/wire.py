@@ -28,6 +28,18 @@ class Wire:
         self._redis = redis
         self._queue: _Queue | None = None
         self._attempt: asyncio.Task[_Queue] | None = None
+        self._connected = 0
+
+    @property
+    def serial(self) -> int:
+        """The number of the connection, which rises with each new one; 0 where there is none at the moment."""
+        return self._connected if self._queue is not None and self._queue.open else 0
+
+    async def connected(self) -> int:
+        """Connect where that is needed; answers the serial. Raises what :meth:`many` raises."""
+        if not self.serial:
+            await self._connect()
+        return self.serial
 
     async def call(self, *command: bytes | str | int | float) -> Any:
         """One reply. Raises ``ResponseError`` for an error reply, and what :meth:`many` raises."""
@@ -49,6 +61,17 @@ class Wire:
             queue = await self._connect()
         if not commands:
             return []
+        return await queue.ask(commands)
+
+    async def many_on(self, serial: int, commands: Sequence[Command]) -> list[Any]:
+        """As :meth:`many`, on that very connection.
+
+        Raises redis-py's ``ConnectionError`` where another one has taken its place, with nothing sent: the server may
+        have lost what it had acknowledged on the old one.
+        """
+        queue = self._queue
+        if queue is None or self.serial != serial:
+            raise RedisConnectionError("the connection was lost")
         return await queue.ask(commands)
 
     def tell(self, commands: Sequence[Command]) -> None:
@@ -76,6 +99,7 @@ class Wire:
         if old is not None:
             await old.link.aclose()
         self._queue = await _Queue.start(self._redis)
+        self._connected += 1
         return self._queue
 
     async def aclose(self) -> None:

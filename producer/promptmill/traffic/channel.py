@@ -23,7 +23,9 @@ _PING_EVERY_S: Final = 10.0
 _SILENCE_MAX_S: Final = 25.0
 
 
-async def follow(store: Store, heard: Callable[[bytes], None], again: Callable[[], None]) -> None:
+async def follow(
+    store: Store, heard: Callable[[bytes], None], again: Callable[[], None], channel: str = keys.TRAFFIC
+) -> None:
     """Call ``heard`` with each message of the fleet's channel; ``again`` after every (re)subscription, before which
     messages may have been missed. Runs until it is cancelled."""
     backoff = 0.05
@@ -32,14 +34,14 @@ async def follow(store: Store, heard: Callable[[bytes], None], again: Callable[[
         try:
             link = await Link.connect(store.redis, ear.received)
         except (RedisError, OSError) as err:
-            logger.warning("traffic's channel not open: %s", reason(err))
+            logger.warning("the channel %s is not open: %s", channel, reason(err))
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
             backoff = min(backoff * 2, _BACKOFF_MAX_S)
             continue
         backoff = 0.05
         try:
-            link.send([(b"SUBSCRIBE", keys.TRAFFIC)])
-            logger.warning("traffic's channel lost: %s", await ear.watch(link))
+            link.send([(b"SUBSCRIBE", channel)])
+            logger.warning("the channel %s is lost: %s", channel, await ear.watch(link))
         finally:
             await link.aclose()
 
