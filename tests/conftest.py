@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from promptmill import AsyncProducer
@@ -13,6 +14,15 @@ from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
 from tests.support.distribution import mark_groups
 from tests.support.store import StoreServer, keys_without_ttl, running_store
+
+# A busy machine holds a property's example up for longer than any deadline that would mean something.
+hypothesis.settings.register_profile(
+    "without-deadlines",
+    parent=hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name()),
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("without-deadlines")
 
 
 @pytest.hookimpl(trylast=True)

@@ -61,12 +61,17 @@ class Disconnects:
 
     async def run(self) -> None:
         """Put leavings on record as they come, and look at what is due every second, for ever."""
+        away = False
         while True:
             try:
                 await self.record()
                 await self.look()
+                away = False
             except StoreUnavailable as err:
-                logger.warning("jobs whose readers left wait: %s", err)
+                # Once an outage: this comes by every second.
+                if not away:
+                    logger.warning("jobs whose readers left wait: %s", err)
+                away = True
                 self._wake.clear()
             try:
                 async with asyncio.timeout(_LOOK_S):

@@ -128,7 +128,7 @@ class JobRoutes:
             raise Forbidden("this API key lists jobs of its own user only", field="user")
         page = await self._producer.list(user=owner or user, state=state, limit=limit, cursor=cursor)
         jobs = [await self._with_url(job) for job in page.jobs]
-        return _json(JobList.model_construct(jobs=jobs, next_cursor=page.next_cursor).model_dump_json())
+        return json_answer(JobList.model_construct(jobs=jobs, next_cursor=page.next_cursor).model_dump_json())
 
     async def get(self, request: Request, job_id: JobId) -> Response:
         """A job with its text, usage and error as far as they are known, and a fresh `stream_url`."""
@@ -156,7 +156,7 @@ class JobRoutes:
         return JobAnswer.model_construct(**dict(job), stream_url=await self._access.stream_urls.sign(job.id))
 
     async def _answer(self, job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-        return _json((await self._with_url(job)).model_dump_json(), status, headers)
+        return json_answer((await self._with_url(job)).model_dump_json(), status, headers)
 
 
 class HealthRoutes:
@@ -182,7 +182,7 @@ class HealthRoutes:
 
     async def health(self) -> Response:
         """Touches nothing but this process."""
-        return _json(Health().model_dump_json())
+        return json_answer(Health().model_dump_json())
 
     async def ready(self) -> Response:
         """Redis answers, and at least one worker can claim."""
@@ -198,7 +198,7 @@ class HealthRoutes:
                 families=found.families,
                 paused=found.paused,
             )
-        return _json(answer.model_dump_json(), 200 if answer.ready else 503)
+        return json_answer(answer.model_dump_json(), 200 if answer.ready else 503)
 
 
 def _with_key(request: JobRequest, header: str | None) -> JobRequest:
@@ -225,8 +225,10 @@ def _reason(body: bytes) -> str:
         raise BadRequest(f"{field}: {first['msg']}", field=field) from None
 
 
-def _json(body: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(body, status, {"cache-control": "no-store", **(headers or {})}, "application/json")
+def json_answer(body: str | bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer that nobody keeps, and that no browser takes for anything else."""
+    own = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+    return Response(body, status, {**own, **(headers or {})}, "application/json")
 
 
 def _body_of(schema: str, *, required: bool) -> dict[str, Any]:

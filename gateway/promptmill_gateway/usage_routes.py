@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from promptmill.client import AsyncProducer
 from promptmill_gateway.failures import Forbidden
-from promptmill_gateway.routes import problems
+from promptmill_gateway.routes import json_answer, problems
 from promptmill_relay.auth import Access
 
 
@@ -86,6 +86,4 @@ class UsageRoutes:
         if owner is not None and user not in {None, owner}:
             raise Forbidden("this API key sees the usage of its own user only", field="user")
         report = await self._producer.usage(from_day, to_day, by, owner or user)
-        return Response(
-            orjson.dumps(report.to_dict()), headers={"cache-control": "no-store"}, media_type="application/json"
-        )
+        return json_answer(orjson.dumps(report.to_dict()))

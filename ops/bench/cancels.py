@@ -146,6 +146,8 @@ class Outcome:
     end_ms: list[float] = field(default_factory=list[float])
     provider_ms: list[float] = field(default_factory=list[float])
     program_ms: list[float] = field(default_factory=list[float])
+    ping_ms: list[float] = field(default_factory=list[float])
+    """A PING of the store, asked for meanwhile: what this machine makes of doing next to nothing."""
     problems: list[str] = field(default_factory=list[str])
 
     @property
@@ -208,6 +210,14 @@ class Run:
         except AssertionError as err:
             self.out.problems.append(f"{job.name}: {err}")
         return seen
+
+    async def ping(self, store: Store) -> None:
+        """Ask again and again, until cancelled."""
+        while True:
+            began = time.monotonic()
+            await store.redis.ping()
+            self.out.ping_ms.append((time.monotonic() - began) * 1000)
+            await asyncio.sleep(0.05)
 
     # -- what is left ---------------------------------------------------------------------------------------------
 
@@ -293,7 +303,9 @@ async def experiment(plan: Plan) -> Outcome:
             for worker in workers:
                 await worker.ready(server.url)
             run = Run(plan, producer, there)
+            pinging = asyncio.create_task(run.ping(store))
             await run.cancel_all()
+            pinging.cancel()
             await run.nothing_goes_on(simulator.url)
             requests = requests_of(simulator.url)
             run.latencies(requests)
@@ -327,6 +339,7 @@ def show(out: Outcome) -> str:
         ("the reader's end event", out.end_ms),
         ("the provider's connection closed", out.provider_ms),
         ("nothing of the program left", out.program_ms),
+        ("for comparison: a PING of the store", out.ping_ms),
     ):
         ordered = sorted(sample)
         figures = (percentile(ordered, 50), percentile(ordered, 99), percentile(ordered, 100))

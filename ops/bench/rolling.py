@@ -84,11 +84,21 @@ class View:
         return phases(self.events).count("requeued")
 
     @property
-    def gap_ms(self) -> float:
-        """The longest time between two events, from the first start on: the wait in the queue is not counted."""
+    def gap(self) -> tuple[float, str]:
+        """The longest time between two events in ms, and between which: the wait in the queue is not counted."""
         told = [p for p, event in enumerate(self.events) if event.type == "progress"]
-        times = self.at_s[told[1] :] if len(told) > 1 else self.at_s
-        return max((b - a for a, b in pairwise(times)), default=0.0) * 1000
+        first = told[1] if len(told) > 1 else 0
+        gaps = [(b - a) * 1000 for a, b in pairwise(self.at_s[first:])]
+        if not gaps:
+            return 0.0, ""
+        place = first + gaps.index(max(gaps))
+        a, b = self.events[place], self.events[place + 1]
+        way = "HTTP" if self.over_http else "the library"
+        return max(gaps), f"job {self.job_id} over {way}, between {a.type} {a.id} and {b.type} {b.id}"
+
+    @property
+    def gap_ms(self) -> float:
+        return self.gap[0]
 
 
 @dataclass
@@ -296,20 +306,22 @@ def show(plan: Plan, out: Outcome) -> str:
     rows: list[tuple[str, ...]] = []
     kinds: Sequence[tuple[str, list[View]]] = (
         ("undisturbed", [v for v in out.views if not v.handed_back and v.connections < 2]),
-        ("its job changed hands", [v for v in out.views if v.handed_back]),
-        ("its server was restarted", [v for v in out.views if not v.handed_back and v.connections > 1]),
+        ("its job changed hands", [v for v in out.views if v.handed_back and v.connections < 2]),
+        ("its server was restarted", [v for v in out.views if v.connections > 1]),
         ("all", out.views),
     )
     for name, views in kinds:
         gaps = sorted(view.gap_ms for view in views)
-        rows.append((name, str(len(gaps)), *(number(percentile(gaps, percent)) for percent in (50, 99, 100))))
+        rows.append((name, str(len(gaps)), *(number(percentile(gaps, percent)) for percent in (50, 95, 99, 100))))
     said = (
         f"{out.jobs} jobs of {plan.tokens / plan.rate:g} s, {len(out.views)} readers; {out.handed_back} hand-backs, "
         f"{out.reconnected} readers reconnected"
     )
-    head = ("longest silence a reader saw, ms", "readers", "p50", "p99", "max")
+    head = ("longest silence a reader saw, ms", "readers", "p50", "p95", "p99", "max")
     ends = table(("restarted", "times", "longest end, s"), restarts)
-    return f"{said}\n{ends}\n{table(head, rows)}"
+    slow = max((view.gap for view in out.views if not view.handed_back and view.connections < 2), default=(0.0, ""))
+    where = f"longest of the undisturbed: {number(slow[0])} ms, {slow[1]}"
+    return f"{said}\n{ends}\n{table(head, rows)}\n{where}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

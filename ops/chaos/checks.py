@@ -218,7 +218,7 @@ def processes(facts: Facts) -> Found:
 def pickup(facts: Facts) -> Found:
     """The jobs of a killed worker run again soon; past an outage of the store, soon after that."""
     bound, all_pickups = facts.pickup_p99_max_s, list(pickups(facts))
-    past = [p.back_s for p in all_pickups if p.back_s is not None]
+    past = [p.back_s for p in all_pickups if p.back_s is not None and not p.alone]
     for what, found in (("after a kill", started(all_pickups)), ("after an outage", past)):
         if bound is not None and found and (p99 := percentile(sorted(found), 99)) > bound:
             yield "", f"p99 {what} is {p99:.2f} s, more than {bound:g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import re
 import socket
 from collections import Counter
@@ -26,7 +27,9 @@ from promptmill.store.tries import is_presumed, try_id
 from promptmill.usage.report import read_usage
 from promptmill.usage.verify import verify_usage
 
-_LOOK_S: Final = 0.25
+logger = logging.getLogger(__name__)
+
+_LOOK_S: Final = 0.5
 _BOOKED_S: Final = 100.0
 _CLOSED_S: Final = 30.0
 _PR_SET_CHILD_SUBREAPER: Final = 36
@@ -49,6 +52,7 @@ async def quiet(system: System) -> dict[str, int]:
     try:
         while True:
             waiting = await _waiting(system, enqueuer)
+            logger.info("still waiting: %s", {what: count for what, count in waiting.items() if count})
             if not any(waiting.values()) or asyncio.get_running_loop().time() > deadline:
                 return waiting
             await asyncio.sleep(_LOOK_S)
@@ -58,8 +62,11 @@ async def quiet(system: System) -> dict[str, int]:
 
 async def _waiting(system: System, enqueuer: Enqueuer) -> dict[str, int]:
     redis = system.direct.redis
+    names: list[bytes] = await redis.zrange(keys.OUTBOX, 0, -1)
+    # Names of jobs that have ended may stay there for a minute, until the sweep meets them.
+    unsent = [r for r in await system.direct.find_many(raw.decode() for raw in names) if r is not None and not r.ended]
     found = {
-        "the outbox": await redis.zcard(keys.OUTBOX),
+        "the outbox": len(unsent),
         "the list of unbooked usage": await redis.zcard(keys.UNBOOKED),
         "the workers' claims": sum([await redis.scard(key) async for key in redis.scan_iter(keys.claims("*"))]),
     }

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from ops.chaos.ledger import Row
+from ops.chaos.ledger import Row, essence
 
 from promptmill.contract import END_TYPES
 
-_ESSENTIAL: Final = ("type", "text", "code", "phase")
 Event = tuple[str | None, Row]
 """An event's id and its essence; see :func:`ops.chaos.ledger.essence`."""
 
@@ -127,7 +126,7 @@ def read_facts(rows: Iterable[Row]) -> Facts:
             case "reads":
                 views[row["reader"]] = View(reader=row["reader"], job_id=row["job"], how=row["how"])
             case "event":
-                views[row["reader"]].events.append((row["id"], _essence(row)))
+                views[row["reader"]].events.append((row["id"], essence(row)))
                 if row["type"] in END_TYPES:
                     facts.first_end_ms.setdefault(row["job"], row["at"])
             case "log":
@@ -145,7 +144,3 @@ def read_facts(rows: Iterable[Row]) -> Facts:
     facts.views = list(views.values())
     facts.doubled_keys = [key for key, jobs in submitted.items() if len(jobs) > 1]
     return facts
-
-
-def _essence(row: Row) -> dict[str, Any]:
-    return {name: row[name] for name in _ESSENTIAL if name in row}

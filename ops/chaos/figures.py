@@ -12,6 +12,9 @@ from ops.chaos.plan import CUTS
 
 from promptmill.contract import END_TYPES
 
+_QUARANTINE: Final = "in quarantine"
+"""What the ``started`` event of such a run says; see :mod:`promptmill_workers.quarantine`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pickup:
@@ -19,13 +22,15 @@ class Pickup:
 
     ``started_s`` is None where it never ran again, because it was cancelled first. ``back_s``: where the store or the
     broker was down in between, the same since that was over; None where it was not. An outage that everyone sees kills
-    nobody, so it holds the watchers up.
+    nobody, so it holds the watchers up. ``alone``: it ran in quarantine, because it was not the first worker that it
+    lost; a process of its own had to start for it.
     """
 
     job: str
     requeued_s: float | None
     started_s: float | None
     back_s: float | None
+    alone: bool = False
 
 
 def pickups(facts: Facts) -> Iterator[Pickup]:
@@ -42,7 +47,8 @@ def pickups(facts: Facts) -> Iterator[Pickup]:
             started = _first(later, "started")
             met = [over for began, over in outages if began <= (started or killed_ms) and over >= killed_ms]
             back_s = _since(started, max(met)) if met else None
-            yield Pickup(job_id, _since(requeued, killed_ms), _since(started, killed_ms), back_s)
+            alone = any(_epoch(name) == started and _QUARANTINE in event.get("message", "") for name, event in later)
+            yield Pickup(job_id, _since(requeued, killed_ms), _since(started, killed_ms), back_s, alone)
 
 
 def _epoch(event_id: str | None) -> int:
@@ -59,8 +65,8 @@ def _since(at_ms: int | None, begin_ms: int) -> float | None:
 
 
 def started(found: Iterable[Pickup]) -> list[float]:
-    """How long jobs waited to run again while nothing but their worker was away."""
-    return [p.started_s for p in found if p.started_s is not None and p.back_s is None]
+    """How long jobs waited to run again while nothing but their worker was away, those in quarantine left out."""
+    return [p.started_s for p in found if p.started_s is not None and p.back_s is None and not p.alone]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -89,6 +95,8 @@ def figures(facts: Facts, wall_s: float) -> dict[str, Any]:
     """Everything that is printed."""
     kinds = [fault["fault"] for fault in facts.faults]
     all_pickups = list(pickups(facts))
+    past = [p for p in all_pickups if p.back_s is not None and not p.alone]
+    alone = [p.started_s for p in all_pickups if p.alone and p.started_s is not None]
     starts = {job.job_id: sum(event.get("phase") == "started" for _, event in job.log) for job in facts.jobs.values()}
     ends = {job.job_id: sum(event["type"] in END_TYPES for _, event in job.log) for job in facts.jobs.values()}
     return {
@@ -113,10 +121,9 @@ def figures(facts: Facts, wall_s: float) -> dict[str, Any]:
         "attempts booked": sum(map(len, facts.books.entries.values())),
         "given back after a kill, s": spread([p.requeued_s for p in all_pickups if p.requeued_s is not None]),
         "picked up after a kill, s": spread(started(all_pickups)),
-        "the same, past an outage, s": spread(
-            [p.started_s for p in all_pickups if p.started_s and p.back_s is not None]
-        ),
-        "the same, since it was over, s": spread([p.back_s for p in all_pickups if p.back_s is not None]),
+        "the same, past an outage, s": spread([p.started_s for p in past if p.started_s is not None]),
+        "the same, since it was over, s": spread([p.back_s for p in past if p.back_s is not None]),
+        "picked up into quarantine, s": spread(alone),
         "cancel to a reader's end, s": spread(_cancel_latencies(facts)),
         "wall time, s": round(wall_s, 1),
     }

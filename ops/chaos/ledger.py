@@ -5,7 +5,7 @@ One JSON object a line, only ever appended. Times are Unix time in ms. ``kind`` 
 ============  =======================================================================================================
 submitted     ``job``, ``key``, ``prompt``, ``asked`` (model or role), ``via``, ``tries`` (how often it was asked)
 reads         ``reader``, ``job``, ``how``: a reader begins
-event         ``reader``, ``job``, ``id``, ``type``, ``text`` (token, done), ``code`` (error) or ``phase`` (progress)
+event         ``reader``, ``job``, ``id``, and of the event what :func:`essence` leaves
 left          ``reader``, ``why``: it went, or its server did, and comes back behind its last id
 refused       ``reader``, ``status``: an answer that no reader of an existing job may get
 fault         ``fault``, ``target``, and what it hit: for a kill ``held`` (pairs of job and epoch)
@@ -28,7 +28,7 @@ from typing import Any, Final, Self
 import orjson
 
 Row = dict[str, Any]
-_SHOWN: Final = {"token": "text", "done": "text", "error": "code"}
+_ESSENTIAL: Final = ("type", "text", "code", "phase", "message")
 
 
 def now_ms() -> int:
@@ -37,10 +37,8 @@ def now_ms() -> int:
 
 
 def essence(event: Row) -> Row:
-    """What two parties must agree on about an event: its type, and its text or code."""
-    kind = event["type"]
-    name = _SHOWN.get(kind) or ("phase" if kind == "progress" else None)
-    return {"type": kind, **({name: event.get(name)} if name else {})}
+    """What two parties must agree on about an event."""
+    return {name: event[name] for name in _ESSENTIAL if event.get(name) is not None}
 
 
 class Ledger:

@@ -15,6 +15,8 @@ from typing import IO, Final
 from ops.chaos.ledger import Ledger
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
+EXIT_BROKEN: Final = 7
+"""What a worker answers whose consumer ended; a supervisor starts it again."""
 EXIT_STORE_AWAY: Final = 5
 """What a part answers that finds no store at its start; a supervisor starts it again."""
 _AGAIN_S: Final = 0.2
@@ -43,6 +45,9 @@ class Part:
         self._lifeline = lifeline
         self._process: asyncio.subprocess.Process | None = None
         self._caused: set[int] = set()
+        self._thawed: set[int] = set()
+        self.excused: frozenset[int] = frozenset()
+        """The exit codes with which a process may end that was frozen before."""
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
@@ -68,7 +73,7 @@ class Part:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             cwd=REPOSITORY,
-            env={**_environment(), **self._env, "PROMPTMILL_LIFELINE_FD": str(self._lifeline)},
+            env={**os.environ, **self._env, "PROMPTMILL_LIFELINE_FD": str(self._lifeline)},
             pass_fds=[self._lifeline],
             stdin=asyncio.subprocess.DEVNULL,
             stdout=out,
@@ -80,6 +85,7 @@ class Part:
             process.terminate()
         self.code = await process.wait()
         expected = process.pid in self._caused or self._stopping or self.code == EXIT_STORE_AWAY
+        expected = expected or (process.pid in self._thawed and self.code in self.excused)
         self._ledger.write("exit", part=self.name, code=self.code, expected=expected, told=self._stopping)
 
     def send(self, number: signal.Signals) -> int | None:
@@ -101,6 +107,7 @@ class Part:
         if pid is None:
             return None
         os.kill(pid, signal.SIGSTOP)
+        self._thawed.add(pid)
         self.frozen = True
         try:
             await asyncio.sleep(lasts_s)
@@ -127,11 +134,6 @@ class Part:
     def said(self, length: int = 2000) -> str:
         """The end of its output."""
         return self._log.read_text(errors="replace")[-length:]
-
-
-def _environment() -> dict[str, str]:
-    """This process's own, without the configuration of whoever runs it."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PROMPTMILL_")}
 
 
 def module(name: str, *arguments: str) -> list[str]:

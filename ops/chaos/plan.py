@@ -80,7 +80,8 @@ def draw_jobs(options: Options) -> list[PlannedJob]:
     times = sorted(_bursts(options, chance))
     numbers = range(options.jobs)
     by_library = [n for n in numbers if n % 4]
-    cancelled = set(chance.sample(numbers, min(options.cancels, options.jobs)))
+    # Early ones, because what a cancelled attempt used may be booked half a minute later.
+    cancelled = set(chance.sample(numbers[: options.jobs // 2 + 1], min(options.cancels, options.jobs // 2)))
     hinted = chance.sample(by_library, min(options.lost_messages + options.doubled_messages, len(by_library)))
     lost, doubled = set(hinted[: options.lost_messages]), set(hinted[options.lost_messages :])
     jobs: list[PlannedJob] = []

@@ -32,6 +32,8 @@ from ops.chaos.plan import HOW_READ, Reading, draw_faults, draw_jobs
 from ops.chaos.system import running_system
 from tests.support.store import keys_without_ttl
 
+logger = logging.getLogger(__name__)
+
 EXIT_HELD: Final = 0
 EXIT_VIOLATED: Final = 1
 EXIT_BROKEN: Final = 2
@@ -54,8 +56,10 @@ async def experiment(options: Options, directory: Path) -> None:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(load.run(draw_jobs(options)))
                     group.create_task(faults.run(draw_faults(options)))
+                logger.info("all jobs are over, or were given up")
                 await _read_late(load, chance)
                 remains.waiting = await quiet(system)
+                logger.info("the books are closed")
                 await ask_store(system, load.submitted, ledger)
             for part in system.ours:
                 await part.stop()
@@ -90,8 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = read_arguments(argv)
     directory = command.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
     directory.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=directory / "harness.log", level=logging.INFO)
+    logging.basicConfig(
+        filename=directory / "harness.log", level=logging.INFO, format="%(asctime)s %(name)s %(message)s"
+    )
     adopt_orphans()
+    for name in [name for name in os.environ if name.startswith("PROMPTMILL_")]:
+        del os.environ[name]  # what the parts are to know stands in the run's own configuration
     print(command.shown, flush=True)
     began = time.monotonic()
     try:

@@ -4,6 +4,7 @@ This package is what producers import. Everything public is named here; the othe
 programs (workers, relay, gateway).
 """
 
+from promptmill.batch import BatchResult
 from promptmill.client import AsyncJob, AsyncProducer, JobHandle, JobPage, Producer, Readiness
 from promptmill.contract import ImagePart, Job, JobRequest, Message, TextPart, Timeouts, Usage
 from promptmill.errors import (
@@ -23,6 +24,7 @@ __all__ = [
     "AsyncJob",
     "AsyncProducer",
     "BadRequest",
+    "BatchResult",
     "ConfigError",
     "IdempotencyConflict",
     "ImagePart",

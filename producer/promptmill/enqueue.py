@@ -72,7 +72,9 @@ def is_amqp(broker_url: str) -> bool:
 def broker_queue(name: str, broker_url: str) -> Any:
     """A queue as everybody declares it who touches it: RabbitMQ refuses a second declaration that differs."""
     if is_amqp(broker_url):
-        return Queue(name, routing_key=name, durable=True, queue_arguments={"x-queue-type": "quorum"})
+        # Newer RabbitMQ throws a message away that came back 20 times. Here each says only that a slot was gone.
+        arguments = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
+        return Queue(name, routing_key=name, durable=True, queue_arguments=arguments)
     # Nobody acknowledges messages on Redis: kombu would keep a copy of each for that.
     return Queue(name, routing_key=name, no_ack=True)
 

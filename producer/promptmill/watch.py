@@ -33,6 +33,7 @@ _LOOK_MAX: Final = 1.5
 """The time between two looks counts for no more than so many periods."""
 _SWEEP_MAX: Final = 500
 _ROUNDS_MAX: Final = 100
+_PAUSE_MIN_S: Final = 0.02
 _GRACE_MS: Final = 5_000
 """A message that young is on its way; it is not sent again."""
 _RESEND_MAX_MS: Final = 60_000
@@ -51,40 +52,60 @@ class Watcher:
         self._period_s = settings.heartbeat_s
         self._dead_after_s = settings.dead_after_s
         self._seen: dict[str, tuple[int, float]] = {}
+        """Each worker's counter, and for how many seconds of our contact with Redis it has stood still."""
         self._looked_at = 0.0
+        self._cut_off = False
 
     async def run(self) -> None:
-        """Look every ``heartbeat_s``, for ever."""
+        """Look every ``heartbeat_s``, and at the moment when a silent worker counts as dead; for ever."""
         while True:
             try:
                 await self.look()
                 await self.sweep()
             except StoreUnavailable as err:
-                # A worker is dead only when its counter stood still while we could see it: begin to count anew.
-                self._seen.clear()
+                self._cut_off = True  # the sweep may have noticed it first
                 logger.warning("watcher waits: %s", err)
-            await asyncio.sleep(self._period_s)
+            silent_s = max((still_s for _, still_s in self._seen.values()), default=0.0)
+            await asyncio.sleep(min(self._period_s, max(self._dead_after_s - silent_s, _PAUSE_MIN_S)))
 
     # -- workers ------------------------------------------------------------------------------------------------
 
     async def look(self) -> list[str]:
         """Read all heartbeats; settle the workers whose counter stood still for too long. Answers their ids."""
-        beats, _ = await read_beats(self._store)
-        now = asyncio.get_running_loop().time()
-        # If we or the store stood still meanwhile, those that we watch may have had no way to beat.
-        watched_s = min(now - self._looked_at, _LOOK_MAX * self._period_s)
-        self._looked_at = now
+        try:
+            beats, now_ms = await read_beats(self._store)
+        except StoreUnavailable:
+            self._cut_off = True
+            raise
+        watched_s = self._watched_s()
         present = {b.worker for b in beats}
         self._seen = {w: s for w, s in self._seen.items() if w in present}
         dead: list[str] = []
         for b in beats:
             count, still_s = self._seen.get(b.worker, (-1, 0.0))
-            still_s = still_s + watched_s if b.count == count else 0.0
+            if b.count == count:
+                still_s += watched_s
+            else:
+                # It beat since our last look, and Redis noted when; what was before that look we did not see.
+                still_s = min(watched_s, max(now_ms - b.at_ms, 0) / 1000) if count >= 0 else 0.0
             self._seen[b.worker] = (b.count, still_s)
             if still_s >= self._dead_after_s:
                 dead.append(b.worker)
                 await self.settle(b.worker)
         return dead
+
+    def _watched_s(self) -> float:
+        """For how long up to now we could see the heartbeats, since the last look."""
+        now = asyncio.get_running_loop().time()
+        passed_s, self._looked_at = now - self._looked_at, now
+        if not self._cut_off:
+            # If we or the store stood still meanwhile, those that we watch may have had no way to beat.
+            return min(passed_s, _LOOK_MAX * self._period_s)
+        self._cut_off = False
+        # They may have been cut off as we were: they get time to beat again, all of it after a long outage.
+        known_s = self._dead_after_s / 2 if passed_s <= self._dead_after_s / 2 else 0.0
+        self._seen = {w: (count, min(still_s, known_s)) for w, (count, still_s) in self._seen.items()}
+        return 0.0
 
     async def settle(self, worker: str, *, poisoned: bool = False) -> None:
         """Give the jobs of a dead worker back to the queue, or end them as ``poisoned``; then forget the worker.

@@ -12,6 +12,8 @@ from promptmill.errors import PromptmillError
 from promptmill.text import clean_text
 
 MEDIA_TYPE: Final = "application/problem+json"
+NO_SNIFFING: Final = (b"x-content-type-options", b"nosniff")
+"""What a model or a user wrote is never to be taken for a page, whatever it looks like."""
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -47,6 +49,7 @@ def encode_problem(
         (b"content-type", MEDIA_TYPE.encode()),
         (b"content-length", str(len(body)).encode()),
         (b"cache-control", b"no-store"),
+        NO_SNIFFING,
         *headers,
     ]
     if error.retry_after_s is not None and math.isfinite(error.retry_after_s):

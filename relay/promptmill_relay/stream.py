@@ -29,7 +29,7 @@ from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
 from promptmill_relay import sse
 from promptmill_relay.auth import Access
-from promptmill_relay.problem import Headers, Receive, Scope, Send, respond, send_problem
+from promptmill_relay.problem import NO_SNIFFING, Headers, Receive, Scope, Send, respond, send_problem
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ _HEADERS: Final[Headers] = [
     # no-transform: a proxy that compresses holds events back until its block is full.
     (b"cache-control", b"no-cache, no-transform"),
     (b"x-accel-buffering", b"no"),
+    NO_SNIFFING,
 ]
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import PATIENCE_S, alive, block_until, wait_gone
-from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill
+from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill, promptmill_here
+
+pytestmark = pytest.mark.xdist_group("cli")
 
 PACED = "één twee drie " * 10
 
@@ -62,7 +64,7 @@ def test_run_streams_while_the_job_runs(shared_up: Up) -> None:
     assert process.returncode == 130
     assert b"cancelled job " in err
     job_id = err.decode().strip().rpartition(" ")[2]
-    assert json.loads(shared_up.run("job", "show", job_id, "--json").stdout)["state"] == "cancelled"
+    assert json.loads(shared_up.ask("job", "show", job_id, "--json").stdout)["state"] == "cancelled"
 
 
 def unserved() -> socket.socket:
@@ -102,7 +104,7 @@ def test_an_interrupt_while_submitting_cancels_the_job_that_was_stored(tmp_path:
     assert process.returncode == 130
     assert "cancelled job " in err.decode()
     job_id = err.decode().strip().rpartition(" ")[2]
-    shown = promptmill("job", "show", job_id, "--json", home=tmp_path)
+    shown = promptmill_here("job", "show", job_id, "--json", home=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert json.loads(shown.stdout)["state"] == "cancelled"
 
@@ -127,13 +129,13 @@ def test_run_reads_the_prompt_from_standard_input(shared_up: Up, arguments: tupl
 
 
 def test_run_refuses_standard_input_that_is_not_utf_8(shared_up: Up) -> None:
-    done = shared_up.run("run", "-m", "echo", stdin=b"ab\xff")
+    done = shared_up.ask("run", "-m", "echo", stdin=b"ab\xff")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error [bad_request]: standard input is not UTF-8 (byte 2)\n"
 
 
 def test_run_as_json_is_the_jobs_events_one_a_line(shared_up: Up) -> None:
-    done = shared_up.run("run", "--role", "chat", "x", "--json")
+    done = shared_up.ask("run", "--role", "chat", "x", "--json")
     events = lines(done.stdout)
     assert done.returncode == 0
     assert len({event["job_id"] for event in events}) == 1
@@ -142,7 +144,7 @@ def test_run_as_json_is_the_jobs_events_one_a_line(shared_up: Up) -> None:
 
 
 def test_a_job_that_fails_is_told_with_its_code(shared_up: Up) -> None:
-    done = shared_up.run("run", "-m", "broken", "x")
+    done = shared_up.ask("run", "-m", "broken", "x")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error [refused]: ")
 
@@ -160,31 +162,31 @@ def test_a_job_that_fails_is_told_with_its_code(shared_up: Up) -> None:
 def test_a_request_that_is_wrong_is_one_line_and_exit_code_2(
     shared_up: Up, arguments: tuple[str, ...], code: str
 ) -> None:
-    done = shared_up.run(*arguments)
+    done = shared_up.ask(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error [{code}]: ")
-    as_json = shared_up.run(*arguments, "--json")
+    as_json = shared_up.ask(*arguments, "--json")
     assert as_json.returncode == 2
     assert json.loads(as_json.stderr)["error"]["code"] == code
 
 
 @pytest.mark.parametrize("command", ["show", "stream", "cancel"])
 def test_a_job_that_does_not_exist_is_exit_code_3(shared_up: Up, command: str) -> None:
-    done = shared_up.run("job", command, "nosuchjob")
+    done = shared_up.ask("job", command, "nosuchjob")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("error [not_found]: ")
 
 
 def test_a_job_is_read_again_late_and_from_the_middle(shared_up: Up) -> None:
-    events = lines(shared_up.run("run", "-m", "paced", "x", "--json").stdout)
+    events = lines(shared_up.ask("run", "-m", "paced", "x", "--json").stdout)
     job_id = str(events[0]["job_id"])
-    again = shared_up.run("job", "stream", job_id)
+    again = shared_up.ask("job", "stream", job_id)
     assert (again.returncode, again.stdout) == (0, PACED + "\n"), again.stderr
-    assert lines(shared_up.run("job", "stream", job_id, "--json").stdout) == events
+    assert lines(shared_up.ask("job", "stream", job_id, "--json").stdout) == events
     middle = events[len(events) // 2]
-    rest = shared_up.run("job", "stream", job_id, "--json", "--after", str(middle["id"]))
+    rest = shared_up.ask("job", "stream", job_id, "--json", "--after", str(middle["id"]))
     assert lines(rest.stdout) == events[len(events) // 2 + 1 :]
-    shown = shared_up.run("job", "show", job_id)
+    shown = shared_up.ask("job", "show", job_id)
     assert "state    succeeded" in shown.stdout
     assert shown.stdout.endswith(f"\n\n{PACED}\n")
 
@@ -204,21 +206,21 @@ def test_a_job_is_cancelled_from_elsewhere(shared_up: Up) -> None:
 
 
 def test_a_wait_that_runs_out_leaves_the_job_running_and_names_it(shared_up: Up) -> None:
-    done = shared_up.run("run", "-m", "slow", "x", "--timeout", "1.5")
+    done = shared_up.ask("run", "-m", "slow", "x", "--timeout", "1.5")
     assert done.returncode == 8
     assert "error [wait_timeout]: no end within 1.5 s; the job goes on: `promptmill job stream " in done.stderr
     job_id = done.stderr.rstrip().rstrip("`").rpartition(" ")[2]
-    assert json.loads(shared_up.run("job", "cancel", job_id, "--json").stdout)["state"] == "cancelled"
+    assert json.loads(shared_up.ask("job", "cancel", job_id, "--json").stdout)["state"] == "cancelled"
 
 
 def test_jobs_are_listed_newest_first_in_pages(shared_up: Up) -> None:
-    ids = [str(lines(shared_up.run("run", "-m", "echo", "x", "--json").stdout)[0]["job_id"]) for _ in range(3)]
-    page = json.loads(shared_up.run("job", "list", "--limit", "2", "--json").stdout)
+    ids = [str(lines(shared_up.ask("run", "-m", "echo", "x", "--json").stdout)[0]["job_id"]) for _ in range(3)]
+    page = json.loads(shared_up.ask("job", "list", "--limit", "2", "--json").stdout)
     assert [job["id"] for job in page["jobs"]] == [ids[2], ids[1]]
-    following = shared_up.run("job", "list", "--limit", "1", "--json", "--cursor", page["next_cursor"])
+    following = shared_up.ask("job", "list", "--limit", "1", "--json", "--cursor", page["next_cursor"])
     assert json.loads(following.stdout)["jobs"][0]["id"] == ids[0]
-    assert ids[2] in shared_up.run("job", "list").stdout
-    wrong = shared_up.run("job", "list", "--state", "sleeping")
+    assert ids[2] in shared_up.ask("job", "list").stdout
+    wrong = shared_up.ask("job", "list", "--state", "sleeping")
     assert wrong.returncode == 2
 
 
@@ -253,7 +255,7 @@ def test_doctor_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:
 
 def test_doctor_takes_a_broken_configuration_as_a_finding(tmp_path: Path) -> None:
     (tmp_path / "promptmill.toml").write_text("workers = 'many'")
-    done = promptmill("doctor", home=tmp_path)
+    done = promptmill_here("doctor", home=tmp_path)
     assert done.returncode == 1
     assert "FAIL configuration: promptmill.toml: workers: " in done.stdout
 
@@ -272,7 +274,7 @@ def test_a_worker_alone_finds_the_store_of_a_running_up(shared_up: Up) -> None:
 
         def counted() -> bool:
             assert process.poll() is None
-            return "2 can claim jobs" in shared_up.run("doctor").stdout
+            return "2 can claim jobs" in shared_up.ask("doctor").stdout
 
         block_until(counted, "doctor counts it")
     finally:
@@ -302,7 +304,7 @@ def test_the_version_is_told(tmp_path: Path) -> None:
 
 
 def test_a_wrong_option_is_exit_code_2(tmp_path: Path) -> None:
-    assert promptmill("run", "--no-such", home=tmp_path).returncode == 2
+    assert promptmill_here("run", "--no-such", home=tmp_path).returncode == 2
 
 
 def test_without_its_extra_the_command_line_says_what_to_install(tmp_path: Path) -> None:

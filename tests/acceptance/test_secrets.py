@@ -1,8 +1,8 @@
 """Keys and prompts are planted, jobs of every kind run, and everything that others could look at is searched for them.
 
-One run for each kind of program, scripted and real: first the jobs are submitted while no worker runs, so that their
-messages can be read; then workers of every family run them while the process list is watched; then Flower, the store
-and the logs are read.
+One run, with the real programs where they are installed and scripted ones elsewhere: first the jobs are submitted while
+no worker runs, so that their messages can be read; then workers of every family run them while the process list is
+watched; then Flower, the store and the logs are read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import redis
 
 from promptmill_workers.programs.environment import jobs_root
 from tests.support.processes import PATIENCE_S, block_until, wait_gone
-from tests.support.programs import real_program, script
+from tests.support.programs import installed, real_program, script
 from tests.support.simulator import SimulatorHandle, running_simulator
 from tests.support.store import free_port
 from tests.support.up import Up, environment
@@ -339,8 +339,9 @@ def read_flower(seen: Seen, url: str) -> None:
         seen.flower[page] = answer.text
 
 
-def programs_of(kind: str, home: Path) -> dict[str, str]:
-    if kind == "real":
+def programs_in(home: Path) -> dict[str, str]:
+    """The real ones; scripted ones where those are not installed, but not in CI."""
+    if os.environ.get("CI") or all(map(installed, ("claude", "gemini"))):
         return {name: real_program(name) for name in ("claude", "gemini")}
     return {
         "claude": script(home, FAKE_CLAUDE, "scripted-claude"),
@@ -348,11 +349,11 @@ def programs_of(kind: str, home: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=["scripted", "real"])
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """All of it. The jobs' own process, this one, has no secret in its environment or arguments."""
     home = tmp_path_factory.mktemp("secrets")
-    programs = programs_of(request.param, home)
+    programs = programs_in(home)
     planted = Planted.new()
     key_file = home / "key"
     key_file.write_text(planted.keys["PLANTED_FILE"])

@@ -20,10 +20,12 @@ import pytest
 import redis
 
 from tests.acceptance.conftest import StartUp
-from tests.support.processes import PATIENCE_S, alive, block_until, tree, wait_gone, wait_until
+from tests.support.processes import PATIENCE_S, alive, block_until, tree, wait_gone
 from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill
 
 ON_LINUX = sys.platform.startswith("linux")
+SHARED = pytest.mark.xdist_group("up")
+"""Of tests that leave the module's one as it is."""
 
 
 def post(up: Up, **request: object) -> httpx.Response:
@@ -34,8 +36,9 @@ def get(up: Up, job_id: str) -> httpx.Response:
     return httpx.get(f"{up.about['url']}/v1/jobs/{job_id}", timeout=PATIENCE_S, trust_env=False)
 
 
-def test_ready_means_that_a_job_can_be_run(start_up: StartUp) -> None:
-    up = start_up()
+@SHARED
+def test_ready_means_that_a_job_can_be_run(shared_up: Up) -> None:
+    up = shared_up
     assert set(up.about) == {"url", "redis_url", "pids"}
     assert set(up.about["pids"]) == {"redis", "worker-1", "gateway"}
     assert all(alive(pid) for pid in up.about["pids"].values())
@@ -44,8 +47,9 @@ def test_ready_means_that_a_job_can_be_run(start_up: StartUp) -> None:
     assert (done.returncode, done.stdout) == (0, "hello from the other side\n"), done.stderr
 
 
-def test_what_it_keeps_is_for_its_owner_only_and_no_password_is_in_the_process_list(start_up: StartUp) -> None:
-    up = start_up()
+@SHARED
+def test_what_it_keeps_is_for_its_owner_only_and_no_password_is_in_the_process_list(shared_up: Up) -> None:
+    up = shared_up
     assert stat.S_IMODE(up.data_dir.stat().st_mode) == 0o700
     for name in ("up.json", "store.json", "lock"):
         assert stat.S_IMODE((up.data_dir / name).stat().st_mode) == 0o600
@@ -192,50 +196,51 @@ def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
     wait_gone(seen)
 
 
-@pytest.mark.parametrize("part", ["worker-1", "gateway", "redis"])
-async def test_a_part_that_dies_is_restarted_and_jobs_go_on(start_up: StartUp, part: str) -> None:
+def test_a_part_that_dies_is_restarted_and_jobs_go_on(start_up: StartUp) -> None:
     up = start_up()
     before = post(up, model="echo", prompt="kept").json()
-    first = up.about["pids"][part]
-    os.kill(first, signal.SIGKILL)
-    await wait_until(lambda: up.pids().get(part, first) != first, "up.json names the new pid")
-    told = f"{part} died (signal 9); restarted as pid {up.pids()[part]}"
-    await wait_until(lambda: told in up.err, "it is told")
-    # The same address, the same data, and jobs run.
-    done = up.run("run", "-m", "echo", "--timeout", "80", "again")
-    assert (done.returncode, done.stdout) == (0, "again\n"), done.stderr + up.err
-    assert up.run("job", "show", before["id"], "--json").returncode == 0
+    for part in ("worker-1", "gateway", "redis"):
+        first = up.about["pids"][part]
+        os.kill(first, signal.SIGKILL)
+        block_until(lambda part=part, first=first: up.pids().get(part, first) != first, "up.json names the new pid")
+        told = f"{part} died (signal 9); restarted as pid {up.pids()[part]}"
+        block_until(lambda told=told: told in up.err, "it is told")
+        # The same address, the same data, and jobs run.
+        done = up.ask("run", "-m", "echo", "--timeout", "80", "again")
+        assert (done.returncode, done.stdout) == (0, "again\n"), done.stderr + up.err
+        assert up.ask("job", "show", before["id"], "--json").returncode == 0
 
 
 def test_its_address_and_data_survive_a_restart(start_up: StartUp) -> None:
     first = start_up()
     job = post(first, model="echo", prompt="remember").json()
-    assert first.run("job", "stream", job["id"]).stdout == "remember\n"
+    assert first.ask("job", "stream", job["id"]).stdout == "remember\n"
     assert first.stop() == 0
     second = start_up()
     assert second.about["redis_url"] == first.about["redis_url"]
-    shown = json.loads(second.run("job", "show", job["id"], "--json").stdout)
+    shown = json.loads(second.ask("job", "show", job["id"], "--json").stdout)
     assert (shown["state"], shown["text"]) == ("succeeded", "remember")
 
 
 def test_it_starts_at_once_on_the_data_of_one_that_was_killed(start_up: StartUp) -> None:
     first = start_up()
     job = post(first, model="echo", prompt="remember").json()
-    assert first.run("job", "stream", job["id"]).returncode == 0
+    assert first.ask("job", "stream", job["id"]).returncode == 0
     first.process.kill()
     second = start_up()
-    assert second.run("job", "stream", job["id"]).stdout == "remember\n"
+    assert second.ask("job", "stream", job["id"]).stdout == "remember\n"
     assert not alive(first.about["pids"]["redis"])
 
 
-def test_a_second_one_on_the_same_data_is_refused_and_told_of_the_first(start_up: StartUp) -> None:
-    up = start_up()
+@SHARED
+def test_a_second_one_on_the_same_data_is_refused_and_told_of_the_first(shared_up: Up) -> None:
+    up = shared_up
     second = up.run("up", "--port", "0")
     assert second.returncode == 6
     assert "error [data_dir_in_use]" in second.stderr
     assert str(up.process.pid) in second.stderr
     assert up.about["url"] in second.stderr
-    assert up.run("run", "-m", "echo", "still here").stdout == "still here\n"
+    assert up.ask("run", "-m", "echo", "still here").stdout == "still here\n"
 
 
 def test_a_port_in_use_is_an_error_before_anything_starts(tmp_path: Path) -> None:
@@ -290,9 +295,9 @@ def test_an_unreachable_store_is_said_with_its_address(tmp_path: Path) -> None:
     assert f"error [store_unavailable]: Redis at 127.0.0.1:{port} cannot be reached" in done.stderr
 
 
-def test_a_wrong_password_is_said_and_not_repeated(start_up: StartUp, tmp_path: Path) -> None:
-    up = start_up()
-    address = up.about["redis_url"].rpartition("@")[2]
+@SHARED
+def test_a_wrong_password_is_said_and_not_repeated(shared_up: Up, tmp_path: Path) -> None:
+    address = shared_up.about["redis_url"].rpartition("@")[2]
     done = promptmill(
         *("up", "--port", "0", "--data-dir", str(tmp_path / "other")),
         home=tmp_path,
@@ -308,7 +313,7 @@ def test_a_configured_store_is_used_and_none_is_started(start_up: StartUp, redis
     up = start_up(PROMPTMILL_REDIS_URL=redis_url)
     assert set(up.about["pids"]) == {"worker-1", "gateway"}
     assert up.about["redis_url"] == redis_url
-    assert up.run("run", "-m", "echo", "elsewhere").stdout == "elsewhere\n"
+    assert up.ask("run", "-m", "echo", "elsewhere").stdout == "elsewhere\n"
 
 
 @pytest.mark.skipif(not ON_LINUX, reason="needs a small file system of its own")

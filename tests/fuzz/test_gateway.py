@@ -30,6 +30,8 @@ def running() -> Generator[gateway.Gateway]:
     with gateway.running() as started:
         yield started
         assert started.complaints() == []
+        # Anybody can send nonsense: a line for each would let anybody fill the log.
+        assert "Invalid HTTP" not in started.log.read_text()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -84,6 +84,7 @@ def test_an_error_over_http_is_one_json_object_and_its_headers_hold_nothing_of_i
         b"content-type",
         b"content-length",
         b"cache-control",
+        b"x-content-type-options",
         b"retry-after",
         b"www-authenticate",
     }

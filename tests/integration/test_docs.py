@@ -24,6 +24,8 @@ from promptmill_workers.backends import load_backend
 from tests.support.docs import PAGES, Block, blocks, steady
 from tests.support.up import ENDED_S, Up, environment
 
+pytestmark = pytest.mark.xdist_group("docs")
+
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -20,9 +22,11 @@ from promptmill.registry import Registry
 from promptmill.settings import ModelConfig, Price, Settings
 from promptmill.store import Claimed, Store
 from promptmill.usage import book
+from tests.support.docs import ROOT, blocks, read, table
 from tests.support.gateway import Front, running_gateway, running_relay
 from tests.support.store import running_store
 from tests.support.web import request
+from tests.support.worker import worker_process
 
 ECHO: dict[str, Any] = {"prompt": "hello", "model": "echo"}
 SECRET_TEXT = "what nobody else may read"
@@ -306,3 +310,82 @@ async def test_no_key_and_no_signature_comes_back_or_is_logged_whatever_goes_wro
 
 async def _fail(*_: object) -> None:
     raise ZeroDivisionError("somebody's bug")
+
+
+# -- Redis ----------------------------------------------------------------------------------------------------------
+
+
+def documented_users() -> dict[str, list[str]]:
+    """The users of the page on security, with passwords, as ``ACL SETUSER`` takes them."""
+    (block,) = [b for b in blocks("docs/security.md") if b.text.startswith("user ")]
+    found: dict[str, list[str]] = {}
+    for line in block.text.splitlines():
+        _, name, *rules = re.findall(r"\([^)]*\)|\S+", line)
+        found[name] = [rule.replace(">…", f">{name}-password") for rule in rules]
+    return found
+
+
+async def test_the_documented_users_of_redis_suffice_and_may_not_change_what_workers_run(tmp_path: Path) -> None:
+    users = documented_users()
+    assert set(users) == {"relay", "mill"}
+    with running_store(tmp_path) as server:
+        root = await Store.connect(server.url)
+        for name, rules in users.items():
+            await root.redis.execute_command("ACL", "SETUSER", name, *rules)
+
+        def settings(name: str) -> Settings:
+            url = server.url.replace("redis://", f"redis://{name}:{name}-password@")
+            return Settings(redis_url=url, signing_key="the same everywhere", disconnect_grace_s=0)
+
+        mill, relay_settings = settings("mill"), settings("relay")
+        config = tmp_path / "p.toml"
+        config.write_text(f'redis_url = "{mill.redis_url}"\nheartbeat_s = 0.5\n')
+        with worker_process(config) as worker:
+            await worker.ready(server.url)
+            async with running_gateway(mill) as front, running_relay(relay_settings) as relay:
+                for body in (ECHO, {**ECHO, "priority": "batch", "idempotency_key": "k", "cancel_on_disconnect": True}):
+                    job = (await front.http.post("/v1/jobs", json=body)).json()
+                    for port in (relay.port, front.port):
+                        async with request(port, job["stream_url"]) as stream:
+                            assert [event.type for event in await stream.read_events()][-1] == "done"
+                for path in ("/readyz", "/v1/usage", "/v1/jobs"):
+                    assert (await front.http.get(path)).status_code == 200
+                assert (await relay.http.get("/readyz")).status_code == 200
+                assert (await front.http.post(f"/v1/jobs/{job['id']}/cancel")).status_code == 200
+            assert worker.stop() == 0
+        refused = [entry[b"object"] for entry in await root.redis.execute_command("ACL", "LOG")]
+        assert refused == []
+        for name, command in (
+            ("mill", ("HSET", keys.REGISTRY, "model:x", "{}")),
+            ("mill", ("DEL", keys.REGISTRY)),
+            ("mill", ("CONFIG", "GET", "*")),
+            ("mill", ("FLUSHALL",)),
+            ("mill", ("SET", "somebody-elses", "x")),
+            ("relay", ("HSET", keys.record(job["id"]), "x", "y")),
+            ("relay", ("DEL", keys.log(job["id"]))),
+            ("relay", ("GET", keys.SIGNING_KEY)),
+            ("relay", ("PUBLISH", keys.channel(job["id"]), "x")),
+            ("relay", ("KEYS", "*")),
+        ):
+            assert await root.redis.execute_command("ACL", "DRYRUN", name, *command) != b"OK", (name, command)
+        await root.aclose()
+
+
+def test_the_patterns_of_the_documented_user_fit_every_key_that_there_is() -> None:
+    patterns = [rule[1:] for rule in documented_users()["mill"] if rule.startswith("~")]
+    listed = [row["key"] for row in table("docs/reference/redis-keys.md", "Redis keys") if row["type"] != "channel"]
+    names = {"{JOB}": "{" + "x" * 22 + "}", "{SUBJECT}": "{host:h}"}
+    for key in listed:
+        name = key
+        for short, long in names.items():
+            name = name.replace(short, long)
+        if not name.startswith(keys.REGISTRY):
+            assert any(fnmatchcase(name, pattern) for pattern in patterns), f"docs/security.md: add {key}"
+
+
+def test_every_test_that_the_page_on_security_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", read("docs/security.md"))
+    assert len(named) > 25
+    for path, test in named:
+        text = (ROOT / path).read_text()
+        assert not test or f"def {test}(" in text, f"{path}::{test}"

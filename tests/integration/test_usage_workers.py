@@ -16,7 +16,7 @@ import pytest
 from promptmill import AsyncProducer, JobCancelled, JobFailed, keys
 from promptmill.registry import Registry
 from promptmill.store import Store
-from promptmill.usage import booking, sweep_unbooked
+from promptmill.usage import book, booking
 from promptmill.usage.report import read_usage
 from promptmill.usage.verify import verify_usage
 from tests.support.processes import wait_until
@@ -151,12 +151,11 @@ async def test_kills_and_cancellations_lose_and_double_no_attempt(
             with suppress(JobCancelled, JobFailed):
                 await job.result(60)
 
-        # The sweep of this process waits less long than the workers' for what the killed one will never tell.
-        monkeypatch.setattr(booking, "_GRACE_US", 0)
+        # This process books as the workers' sweeps do, but waits less long for what the killed one will never tell.
         monkeypatch.setattr(booking, "LATE_WAIT_MS", 3000)
 
         async def all_booked() -> bool:
-            await sweep_unbooked(store, Registry.of(settings), settings.ledger_retention_s)
+            await book(store, Registry.of(settings), settings.ledger_retention_s, [job.id for job in jobs])
             return not any([await store.redis.zscore(keys.UNBOOKED, job.id) for job in jobs])
 
         await wait_until(all_booked, "all is booked")
@@ -170,8 +169,8 @@ async def test_kills_and_cancellations_lose_and_double_no_attempt(
         assert not any(e.get("estimated") for e in succeeded)
         died = [e for e in entries.values() if e.get("estimated")]
         written = sum(r.tokens_written for r in requests) - sum(e["out"] for e in succeeded)
-        # What a killed worker had not published yet is missing: nobody else ever saw it.
-        assert 0.5 * written < sum(e["out"] for e in died) < 1.1 * written
+        # What a killed worker had not published yet is missing: nobody else ever saw it. Held up, it is behind by much.
+        assert 0.2 * written < sum(e["out"] for e in died) < 1.1 * written
         report = await read_usage(store, "yesterday", "today", "user", user)
         assert report.total.attempts == len(entries)
         assert (await verify_usage(store, "yesterday", "today")).ok

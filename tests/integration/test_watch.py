@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 
-from promptmill import AsyncProducer, keys
+from promptmill import AsyncProducer, keys, watch
 from promptmill.contract import Progress
 from promptmill.enqueue import Enqueuer
-from promptmill.heartbeat import beat, leave, read_beats, ready_workers
+from promptmill.errors import StoreUnavailable
+from promptmill.heartbeat import Beat, beat, leave, read_beats, ready_workers
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.watch import Watcher
@@ -54,6 +55,40 @@ async def test_a_watcher_that_was_frozen_itself_begins_to_count_anew(store, prod
     assert (await store.get(job_id)).state == "running"
     await store.cancel(job_id, "over", "t")
     await leave(store, worker)
+
+
+@pytest.mark.parametrize(("outage_s", "known_s"), [(0.5, 2.0), (3.0, 0.0)])
+async def test_after_an_outage_a_silent_worker_gets_time_to_beat_again(
+    store, settings, monkeypatch: pytest.MonkeyPatch, outage_s: float, known_s: float
+) -> None:
+    """Half of the time at least; all of it where the outage was long."""
+    now, beats = 100.0, [Beat("w", 1, "ready", 1.0, at_ms=0)]
+
+    async def told(_: Store) -> tuple[list[Beat], int]:
+        if not beats:
+            raise StoreUnavailable("away")
+        return beats, 0
+
+    monkeypatch.setattr(watch, "read_beats", told)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    enqueuer = Enqueuer(settings.queue_url)
+    watcher = Watcher(store, settings.model_copy(update={"heartbeat_s": 1.0, "dead_after_s": 4.0}), enqueuer)
+    await watcher.look()
+    for _ in range(3):
+        now += 1.0
+        assert await watcher.look() == []
+    known, beats = beats, []
+    now += outage_s / 2
+    with pytest.raises(StoreUnavailable):
+        await watcher.look()
+    beats = known
+    now += outage_s / 2
+    silent_s = known_s
+    while silent_s < 4.0:
+        assert await watcher.look() == [], silent_s
+        now, silent_s = now + 1.0, silent_s + 1.0
+    assert await watcher.look() == ["w"]
+    await enqueuer.aclose()
 
 
 async def test_a_worker_that_leaves_with_claims_stays_to_be_found(store, producer) -> None:

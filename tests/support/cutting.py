@@ -77,10 +77,13 @@ class CuttingProxy:
         for writer in list(self._writers):
             writer.transport.abort()
 
-    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A task of ours: of its own asyncio complains when they are cancelled.
+        task = asyncio.create_task(self._connect(reader, writer))
         self._passing.add(task)
+        task.add_done_callback(self._passing.discard)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             with suppress(OSError):
                 await self._open.wait()
@@ -98,7 +101,6 @@ class CuttingProxy:
                     back_writer.transport.abort()
         finally:
             writer.transport.abort()
-            self._passing.discard(task)
 
     async def _pass(
         self, source: asyncio.StreamReader, to: asyncio.StreamWriter, other: asyncio.StreamWriter, *, replies: bool

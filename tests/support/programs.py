@@ -23,7 +23,7 @@ from tests.support.processes import PATIENCE_S
 from tests.support.simulator import Plan, RequestRecord, Simulator
 
 _ROOT = Path(__file__).resolve().parents[2]
-INSTALLED = _ROOT / ".programs" / "node_modules" / ".bin"
+_INSTALLED_IN = _ROOT / ".programs" / "node_modules" / ".bin"
 WARDEN = "pm-warden"
 INSTALL = "ops/programs/install"
 
@@ -33,9 +33,14 @@ _ADDED = re.compile(
 )
 
 
+def installed(name: str) -> str | None:
+    """The path of ``claude`` or ``gemini``, on PATH or in ``.programs``."""
+    return shutil.which(name) or shutil.which(name, path=str(_INSTALLED_IN))
+
+
 def real_program(name: str) -> str:
-    """The path of ``claude`` or ``gemini``, on PATH or in ``.programs``; without it a skipped test, in CI a failure."""
-    found = shutil.which(name) or shutil.which(name, path=str(INSTALLED))
+    """The path of ``claude`` or ``gemini``; without it a skipped test, in CI a failure."""
+    found = installed(name)
     if found is None:
         reason = f"the program {name} is not installed: run {INSTALL}"
         if os.environ.get("CI"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import select
@@ -13,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from promptmill.cli.app import run
 from tests.support.processes import tree, wait_gone
 
 PROMPTMILL = (sys.executable, "-m", "promptmill.cli.app")
@@ -43,6 +47,25 @@ def promptmill(
         check=False,
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def promptmill_here(*arguments: str, home: Path, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+    """One command, to its end, as :func:`promptmill`, but in this process: starting Python would take most of its time.
+
+    For what commands answer; how they start, end and take signals is seen from outside only.
+    """
+    given = io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin), encoding="utf-8")
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with (
+        mock.patch.dict(os.environ, environment(home), clear=True),
+        contextlib.chdir(home),
+        mock.patch.object(sys, "stdin", given),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code = run(list(arguments))
+    said, complained = (stream.detach().getvalue().decode() for stream in (out, err))
+    return subprocess.CompletedProcess(list(arguments), code, said, complained)
 
 
 @dataclass
@@ -103,6 +126,10 @@ class Up:
     def run(self, *arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
         """A client command that finds this `up` by its data directory."""
         return promptmill(*arguments, "--data-dir", str(self.data_dir), home=self.home, stdin=stdin)
+
+    def ask(self, *arguments: str, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
+        """As :meth:`run`, in this process."""
+        return promptmill_here(*arguments, "--data-dir", str(self.data_dir), home=self.home, stdin=stdin)
 
     def stop(self, number: int = signal.SIGTERM, timeout_s: float = ENDED_S) -> int:
         """Send a signal and wait for the end. Returns the exit code."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from promptmill.heartbeat import read_beats
 from promptmill.store import Store
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 
 QUICK = "heartbeat_s = 0.5\ndead_after_s = 3.0\n"
 """For tests that wait until a worker counts as dead. Shorter, a live one looks dead on a busy machine."""
@@ -49,7 +49,7 @@ class WorkerProcess:
             return bool(found)
 
         try:
-            await wait_until(beats, f"worker {self.name} is ready")
+            await wait_until(beats, f"worker {self.name} is ready", 1.5 * PATIENCE_S)
         finally:
             await store.aclose()
         return found[0]

@@ -289,7 +289,7 @@ def test_a_token_that_comes_twice_is_counted_as_disorder() -> None:
 
 def test_a_reader_without_an_end_is_given_up_and_the_next_job_still_runs() -> None:
     with relay(token_event(5), token_event(6) + DONE) as target:
-        lost, good = run_load(target, one_token(2, stall_s=0.4)).outcomes
+        lost, good = run_load(target, one_token(2, stall_s=2)).outcomes
     assert (lost.tokens, lost.end, lost.ended) == (1, "", False)
     assert good.ended
 

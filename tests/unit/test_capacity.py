@@ -17,7 +17,9 @@ BOTH: tuple[str, ...] = ("now", "batch")
 )
 def test_batch_jobs_have_their_share_but_one_slot_at_least(concurrency: int, share: float, batch_max: int) -> None:
     capacity = Capacity(concurrency, "batch", share)
-    assert [capacity.take("batch") for _ in range(batch_max)] == [True] * batch_max
+    for _ in range(batch_max):
+        assert capacity.has_room("batch")
+        capacity.take("batch")
     assert not capacity.has_room("batch")
     assert capacity.has_room("now") == (batch_max < concurrency)
     assert capacity.free == concurrency - batch_max
@@ -41,7 +43,7 @@ def test_there_is_room_exactly_as_long_as_neither_bound_is_reached(
         }
         assert {name: capacity.has_room(name) for name in BOTH} == room
         if taking:
-            assert capacity.take(queue) == room[queue]
+            capacity.take(queue)
             taken[queue] += 1
         elif taken[queue]:
             capacity.give(queue)

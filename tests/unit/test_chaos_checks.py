@@ -202,6 +202,16 @@ def test_a_pickup_is_counted_from_the_kill_to_the_next_start() -> None:
     assert [p.back_s for p in pickups(facts)] == [None]
 
 
+def test_a_job_in_quarantine_has_a_figure_of_its_own() -> None:
+    facts = good()
+    facts.pickup_p99_max_s = 8
+    facts.jobs["a"].log[5][1]["message"] = facts.views[0].events[5][1]["message"] = "in quarantine: it lost its worker"
+    assert [p.alone for p in pickups(facts)] == [True]
+    assert check(facts) == []
+    found = figures(facts, 1)
+    assert (found["picked up after a kill, s"]["count"], found["picked up into quarantine, s"]["count"]) == (0, 1)
+
+
 def test_a_job_that_was_cancelled_before_it_ran_again_has_no_pickup() -> None:
     facts = good()
     facts.faults = [{"fault": "kill", "target": "w0", "killed_ms": 250, "held": [["b", 210]]}]

@@ -22,7 +22,7 @@ from promptmill.cli.app import app
 from promptmill.settings import Settings, load_settings
 from promptmill_relay.server import HARD_S
 from tests.support.store import free_port
-from tests.support.up import environment
+from tests.support.up import ENDED_S, environment
 from tests.support.worker import worker_process
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def can_claim(config: Path) -> subprocess.CompletedProcess[str]:
         env=environment(config.parent, PROMPTMILL_CONFIG=str(config)),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=ENDED_S,
         check=False,
     )
 

@@ -17,6 +17,7 @@ from promptmill_workers.programs.environment import allowed, jobs_root
 from promptmill_workers.programs.guarding import places, procfs
 from promptmill_workers.programs.guarding.spec import LENGTH_BYTES, Spec
 from promptmill_workers.programs.guarding.warden import RECORD_BYTES, TOKEN_LETTERS, parse, record
+from tests.support.processes import block_until
 
 
 def test_a_directory_is_left_over_once_nobody_locks_it(tmp_path: Path) -> None:
@@ -144,9 +145,7 @@ def test_descendants_are_found_with_and_without_the_kernels_list_of_children(
     process = subprocess.Popen(["/bin/sh", "-c", "sh -c 'sleep 60; :' & wait"], start_new_session=True)
     try:
         wanted = psutil.Process(process.pid)
-        deadline = time.monotonic() + 10
-        while len(wanted.children(recursive=True)) < 2:
-            assert time.monotonic() < deadline
+        block_until(lambda: len(wanted.children(recursive=True)) == 2, "the inner shell sleeps")
         found = procfs.descendants(process.pid)
         assert [pid for pid, _ in found] == [child.pid for child in wanted.children(recursive=True)]
         assert all(procfs.start_time(pid) == started for pid, started in found)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
-import time
 from typing import Any
 
 import psutil
@@ -18,7 +18,7 @@ from promptmill.contract import ResponseFormat
 from promptmill.errors import BackendError
 from promptmill_workers.backends import schema_check, structured
 from promptmill_workers.backends.structured import FIELD, check_answer, check_schema
-from tests.support.processes import wait_gone
+from tests.support.processes import PATIENCE_S, wait_gone, wait_until
 
 ANY_OBJECT = ResponseFormat(type="json_object")
 ORDER: dict[str, Any] = {
@@ -39,9 +39,19 @@ ORDER: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine no check is to fail for its time, but where a test is about that."""
+    monkeypatch.setattr(structured, "CHECK_S", PATIENCE_S)
+
+
 def checkers() -> list[psutil.Process]:
     """The processes of ours that check; the run's store and warden are ours too."""
-    return [p for p in psutil.Process().children(recursive=True) if schema_check.__file__ in p.cmdline()]
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if schema_check.__file__ in process.cmdline() else []
+    return found
 
 
 def form(schema: dict[str, Any]) -> ResponseFormat:
@@ -186,8 +196,8 @@ def doubling(levels: int) -> dict[str, Any]:
 async def test_a_schema_made_to_hang_ends_soon_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any], answer: str
 ) -> None:
-    monkeypatch.setattr(structured, "CHECK_S", 1.0)
     await check_schema(form(schema))
+    monkeypatch.setattr(structured, "CHECK_S", 1.0)
     loop = asyncio.get_running_loop()
     longest = 0.0
 
@@ -199,21 +209,17 @@ async def test_a_schema_made_to_hang_ends_soon_and_holds_up_nobody(
             longest = max(longest, loop.time() - before)
 
     turning = asyncio.create_task(turn())
-    start = time.monotonic()
     try:
         assert "takes longer than 1 s" in await wrong(answer, form(schema), "bad_request")
     finally:
         turning.cancel()
-    assert time.monotonic() - start < 30
-    assert longest < 1.0
+    assert longest < 10, "checked here it would hang for ever"
     assert checkers() == []
 
 
 async def test_a_check_that_is_cancelled_leaves_no_process() -> None:
     task = asyncio.create_task(check_answer(json.dumps("a" * 60 + "b"), form({"pattern": "^(a+)+$"})))
-    async with asyncio.timeout(10):
-        while not checkers():  # noqa: ASYNC110 - a process has no event to wait for
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: bool(checkers()), "it is being checked")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -289,18 +295,14 @@ async def test_a_schema_that_was_taken_never_fails_in_any_other_way(schema: dict
     assert not any("nested too deeply" in str(error) for error in seen)
 
 
-async def test_slow_checks_of_one_user_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "CHECK_S", 2.0)
+async def test_slow_checks_of_one_user_hold_up_no_other() -> None:
     slow, quick = form({"pattern": "^(a+)+$"}), form({"pattern": "^b$"})
     hostile = json.dumps("a" * 60 + "b")
     checks = [asyncio.create_task(check_answer(hostile, slow, "mallory")) for _ in range(6)]
     try:
-        async with asyncio.timeout(10):
-            while not checkers():  # noqa: ASYNC110 - a process has no event to wait for
-                await asyncio.sleep(0.01)
+        await wait_until(lambda: bool(checkers()), "they are being checked")
         await check_answer('"b"', quick, "alice")
-        assert not all(check.done() for check in checks)
-        assert sum(not check.done() for check in checks) >= 4
+        assert not any(check.done() for check in checks)
     finally:
         for check in checks:
             check.cancel()
@@ -322,18 +324,18 @@ async def test_a_check_does_not_outlive_its_worker() -> None:
     program = """
 import asyncio, json
 from promptmill.contract import ResponseFormat
+from promptmill_workers.backends import structured
 from promptmill_workers.backends.structured import check_answer
+structured.CHECK_S = 600
 asked = ResponseFormat(type="json_schema", json_schema={"pattern": "^(a+)+$"})
 asyncio.run(check_answer(json.dumps("a" * 60 + "b"), asked))
 """
     worker = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
     process = psutil.Process(worker.pid)
-    async with asyncio.timeout(20):
-        while not (children := process.children()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        # It is a checker only once it has read what to check; before, the end of its input ends it anyway.
-        while children[0].cpu_times().user < 0.5:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await wait_until(lambda: bool(process.children()), "it is being checked")
+    (checker,) = process.children()
+    # It is a checker only once it has read what to check; before, the end of its input ends it anyway.
+    await wait_until(lambda: checker.cpu_times().user >= 0.5, "it computes")
     worker.kill()
     await worker.wait()
-    wait_gone([children[0].pid], timeout_s=3)
+    wait_gone([checker.pid])

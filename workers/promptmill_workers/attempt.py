@@ -27,6 +27,8 @@ class Progressing:
     rate: RateInfo | None = None
     """What the provider told of its limits."""
     finished: Finished | None = None
+    cached: bool = False
+    """Whether it was not asked for, but kept from an earlier time."""
 
     @property
     def text(self) -> str:

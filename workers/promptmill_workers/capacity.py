@@ -22,13 +22,11 @@ class Capacity:
         self._lent = 0
         self._pulled = 0
 
-    def take(self, queue: str) -> bool:
-        """Count one more message; False where there was no room for it. Each is followed by :meth:`give`."""
+    def take(self, queue: str) -> None:
+        """Count one more message. Each is followed by :meth:`give`."""
         with self._lock:
-            had_room = self._has_room(queue)
             self._total += 1
             self._batch += queue == self._batch_queue
-            return had_room
 
     def give(self, queue: str) -> None:
         """A message that was taken is done with."""

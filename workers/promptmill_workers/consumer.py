@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Final
 
 from celery import signals
@@ -21,6 +21,7 @@ from celery.exceptions import WorkerShutdown
 from celery.worker import WorkController
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request
+from celery.worker.state import task_ready  # pyright: ignore[reportUnknownVariableType]
 
 from promptmill.enqueue import broker_queue, foreign_queue, is_amqp, make_app
 from promptmill.queues import TASK_NAME, queues_of
@@ -34,7 +35,7 @@ _JOIN_TIMEOUT_S: Final = 5.0
 _PREFETCH: Final = 1
 """How many messages of a queue RabbitMQ sends before the first is acknowledged."""
 _LOOK_AGAIN_S: Final = 1.0
-_HELD_BACK_POLL_S: Final = 0.1
+_HELD_BACK_POLL_S: Final = 0.05
 """kombu asks Redis for the next message once a second, and asks for more queues only then."""
 _EXIT_FOREIGN_QUEUE: Final = 1
 
@@ -52,16 +53,10 @@ class _Pool(TaskPool):
     follow: Callable[[], None]
     follow_soon: Callable[[], None]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Two more than slots: each queue of RabbitMQ can bring a message that is to go back at once.
-        self.executor = ThreadPoolExecutor(max_workers=self.limit + 2)
-
     def on_apply(self, target: Any, args: Any = None, *others: Any, **options: Any) -> Any:
         """Runs in Celery's own thread, before the next message is asked for or this one is acknowledged."""
-        request = args[2]
-        queue = request["delivery_info"]["routing_key"]
-        request["had_room"] = self.capacity.take(queue)
+        queue = args[2]["delivery_info"]["routing_key"]
+        self.capacity.take(queue)
         result: Any = super().on_apply(target, args, *others, **options)
         ended: Future[Any] = result.f
         ended.add_done_callback(lambda _: self._done(queue))
@@ -73,10 +68,25 @@ class _Pool(TaskPool):
         self.follow_soon()
 
 
+class _Controller(WorkController):
+    """Celery's worker, which starts no job without a free slot."""
+
+    capacity: Capacity
+    give_back: Callable[[Any], None]
+
+    def _process_task(self, req: Any) -> None:
+        # RabbitMQ serves its queues side by side: two may have sent a message for the last slot. On Redis, where
+        # nothing can be given back, messages are asked for one at a time.
+        if not req.acknowledged and not self.capacity.has_room(req.delivery_info["routing_key"]):
+            self.give_back(req)
+        else:
+            super()._process_task(req)  # pyright: ignore[reportUnknownMemberType]
+
+
 class _CeleryConsumer(CeleryConsumer):
     """Celery's consumer without what we do not use, and with an end where the broker's queues are not ours."""
 
-    follow: Callable[[], None]
+    connected: Callable[[], None]
 
     class Blueprint(CeleryConsumer.Blueprint):
         # Would make 28 queues on RabbitMQ for delays of Celery's.
@@ -85,9 +95,9 @@ class _CeleryConsumer(CeleryConsumer):
         ]
 
     def on_ready(self) -> None:
-        """It consumes what it consumed before the connection was lost; slots may have become free since."""
+        """Called after every connect."""
         super().on_ready()
-        self.follow()
+        self.connected()
 
     def on_connection_error_after_connected(self, exc: Any) -> None:
         """Celery would try again for ever, and say no more than that the connection was lost."""
@@ -105,7 +115,7 @@ class Consumer:
         self._amqp = is_amqp(settings.queue_url)
         self._app = self._make_app(engine, settings, self._queues)
         self._on_ready = on_ready
-        self._controller: Any = WorkController(
+        self._controller: Any = _Controller(
             app=self._app,
             hostname=engine.worker_id,
             pool_cls=_Pool,
@@ -119,12 +129,14 @@ class Consumer:
             ready_callback=self._ready,
         )
         self._controller.consumer.initial_prefetch_count = _PREFETCH
-        self._controller.consumer.follow = self._follow
+        self._controller.consumer.connected = self._connected
         self._capacity = Capacity(settings.concurrency, self._queues[1], settings.batch_share)
         engine.feeding.puller.share(self._capacity, self._look_anew)
+        self._controller.capacity, self._controller.give_back = self._capacity, self._give_back
         pool = self._controller.pool
         pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
         self._paused = self._following = False
+        self._returned: list[Any] = []
         self._held_back = True
         """Whether a queue is not consumed; while none is, the end of a job needs no look at the queues."""
         self._thread = threading.Thread(target=self._run, name="celery", daemon=True)
@@ -153,12 +165,7 @@ class Consumer:
 
         @app.task(name=TASK_NAME, bind=True, ignore_result=True, Request=message)
         def complete(task: Any, job_id: str) -> None:  # pyright: ignore[reportUnusedFunction]
-            queue = task.request.delivery_info["routing_key"]
-            if task.request.had_room:
-                engine.serve(job_id, queue)
-            else:
-                # On its way already when the last slot was taken: another worker may have one.
-                engine.enqueuer.send_from_thread([(job_id, queue)])
+            engine.serve(job_id, task.request.delivery_info["routing_key"])
 
         return app
 
@@ -178,6 +185,16 @@ class Consumer:
 
     # -- which queues are consumed ------------------------------------------------------------------------------
 
+    def _connected(self) -> None:
+        """It consumes what it consumed before the connection was lost; slots may have become free since."""
+        self._returned.clear()  # the broker has given them to others by itself
+        self._follow()
+
+    def _give_back(self, request: Any) -> None:
+        task_ready(request)
+        self._returned.append(request.message)
+        self._follow()
+
     def _follow(self) -> None:
         """Consume the queues for which there is room, and no other. Only in Celery's thread.
 
@@ -192,6 +209,9 @@ class Consumer:
             batch_waits = self._amqp and self._others_first(consumer)
             while self._change_one(consumer, batch_waits):
                 continue
+            # Now, as their queue is no longer consumed: it would come straight back.
+            while self._returned:
+                self._returned.pop().reject_log_error(logger, consumer.connection_errors, requeue=True)
         finally:
             self._following = False
         if not self._amqp:
@@ -257,4 +277,5 @@ class Consumer:
     @property
     def alive(self) -> bool:
         """False once Celery gave up or was stopped."""
-        return self._thread.is_alive()
+        # Having given up, it waits for the jobs that run, which may take long, and brings no more meanwhile.
+        return self._thread.is_alive() and not self._controller.exitcode

@@ -30,6 +30,7 @@ from promptmill.traffic import Traffic
 from promptmill.usage import Booker
 from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing
+from promptmill_workers.caching import AnswerCache
 from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.models import Backends
@@ -92,6 +93,7 @@ class Runner:
         self._waiting: Counter[str] = Counter()
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.tally = Tally(store)
+        self.cache = AnswerCache(store, settings.cache_ttl_s)
         self.running: dict[str, RunningJob] = {}
         self.claiming: dict[str, str] = {}
         """Claims whose replies are on their way, which may hold by now: token to job id."""
@@ -229,7 +231,7 @@ class Runner:
             await self._fail(job, err, Progressing(), None, course)
             return
         self._outlive(job.job_id, course.request, decision)
-        ended = await course.run(decision)
+        ended = await self._cached(job, course.request, decision) or await course.run(decision)
         if isinstance(ended, HandedOn):
             return
         if ended.error is None:
@@ -250,6 +252,17 @@ class Runner:
             if self.registry is before:
                 raise
         return decide(self.registry, request)
+
+    async def _cached(self, job: RunningJob, request: JobRequest, decision: Decision) -> Ended | None:
+        """The answer that is kept for a request which asks for that; None where nothing is kept."""
+        if not request.cache:
+            return None
+        into = await self.patiently(lambda: self.cache.find(request, decision.first))
+        if into is None:
+            return None
+        job.log.add_text(into.text)
+        self._writer.mark(job.log)
+        return Ended(None, into, decision.first)
 
     async def _served(self, family: str) -> bool:
         """Whether a worker of the family can claim; yes where the store does not say, as it then soon may."""
@@ -308,9 +321,12 @@ class Runner:
             model=route.name,
             finish_reason=into.finished.reason if into.finished else None,
             attempt=course.number,
+            cached=into.cached or None,
         )
         end = done.model_dump(mode="json", exclude={"type"}, exclude_none=True)
         await self._end(job, "succeeded", done.to_json(), end, course.tries)
+        if course.request.cache and not into.cached:
+            self.cache.keep(course.request, route, into)
 
     async def _fail(
         self, job: RunningJob, error: PromptmillError, into: Progressing, route: Route | None, course: Course | None

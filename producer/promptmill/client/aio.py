@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from promptmill import keys
 from promptmill.backlog import Backlog
-from promptmill.batch import BatchClient
+from promptmill.batch import BatchClient, BatchResult
+from promptmill.batch.library import BatchItems, run_batch
 from promptmill.client import dead
 from promptmill.client.common import found_settings, raise_for
-from promptmill.client.options import RequestOptions, build_request
+from promptmill.client.options import BatchOptions, RequestOptions, build_request
 from promptmill.client.pages import JobPage, Readiness
 from promptmill.client.routes import Routes
 from promptmill.contract import (
@@ -233,6 +234,10 @@ class AsyncProducer:
         ttl = timedelta(milliseconds=submission.life_ms + submission.retention_ms)
         job_id = await store.reserve(request.user, request.idempotency_key, submission.job_id, digest, ttl)
         return Submission(job_id, request, submission.queue, timeouts, submission.max_attempts, submission.retention)
+
+    def batch(self, items: BatchItems, **options: Unpack[BatchOptions]) -> AsyncGenerator[BatchResult, None]:
+        """Run many requests as one batch; each one's result as it ends. See :mod:`promptmill.batch.library`."""
+        return run_batch(self.batches, self.settings.limits, items, options)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,19 @@ class RequestOptions(TypedDict, total=False):
     priority: Priority | None
     timeouts: Timeouts | dict[str, float] | None
     idempotency_key: str | None
+    cache: bool | None
     cancel_on_disconnect: bool | None
+
+
+class BatchOptions(RequestOptions, total=False):
+    """What a batch takes beside its items; the fields of a request hold for items that do not say otherwise."""
+
+    name: str | None
+    """Shown with the batch."""
+    ahead: int
+    """How many items are taken from the source before the result of the first one is read; 1,000."""
+    dedupe: bool
+    """Run equal requests once; their results are the same."""
 
 
 def build_request(

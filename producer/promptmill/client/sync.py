@@ -11,8 +11,10 @@ from datetime import date
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from promptmill.batch import BatchResult
+from promptmill.batch.library import BatchItems
 from promptmill.client.aio import AsyncProducer, Messages
-from promptmill.client.options import RequestOptions
+from promptmill.client.options import BatchOptions, RequestOptions
 from promptmill.client.pages import JobPage, Readiness
 from promptmill.contract import Event, Job, JobRequest, JobState, Restart, Token
 from promptmill.errors import Closed
@@ -142,6 +144,10 @@ class Producer:
     def submit_many(self, requests: Iterable[JobRequest | dict[str, Any]]) -> list[JobHandle]:
         """See :meth:`AsyncProducer.submit_many`."""
         return [JobHandle(self, job.id) for job in self._run(lambda: self._producer.submit_many(requests))]
+
+    def batch(self, items: BatchItems, **options: Unpack[BatchOptions]) -> Generator[BatchResult, None, None]:
+        """See :meth:`AsyncProducer.batch`. The items are taken in another thread."""
+        return self._iterate(self._producer.batch(items, **options))
 
     def get(self, job_id: str) -> Job:
         """See :meth:`AsyncProducer.get`."""

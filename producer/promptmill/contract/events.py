@@ -81,6 +81,7 @@ class Done(_Event):
     model: str | None = None
     finish_reason: str | None = None
     attempt: int | None = None
+    cached: bool | None = None
 
 
 class Error(_Event):

@@ -77,6 +77,8 @@ class Job(_Stored):
     usage: Usage | None = None
     cost_usd: float | None = None
     finish_reason: str | None = None
+    cached: bool = False
+    """The answer was kept from an earlier time; nothing was used."""
     error: ErrorInfo | None = None
     attempts: list[Attempt] = Field(default_factory=list[Attempt])
     created_at: datetime

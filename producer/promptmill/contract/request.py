@@ -211,6 +211,8 @@ class JobRequest(_Strict):
     priority: Priority = "interactive"
     timeouts: Timeouts = Timeouts()
     idempotency_key: Name | None = None
+    cache: bool = False
+    """Take the answer that is kept of the same request of the same user to the same model, and keep this one's."""
     cancel_on_disconnect: bool = False
     """Cancel it where its last reader over a gateway leaves and nobody comes back within ``disconnect_grace_s``."""
 

@@ -132,6 +132,7 @@ class Record:
                 "usage": end.get("usage"),
                 "cost_usd": end.get("cost_usd"),
                 "finish_reason": end.get("finish_reason"),
+                "cached": bool(end.get("cached")),
                 "error": end.get("error"),
                 "attempts": self.tries,
                 "created_at": at(st["created"]),
