@@ -64,7 +64,7 @@ def recording(roots: Mapping[str, list[int]], name: str, directory: Path | None)
     directory.mkdir(parents=True, exist_ok=True)
     recorders: dict[Path, subprocess.Popen[bytes]] = {}
     try:
-        for role in PROFILED:
+        for role in (known for known in PROFILED if known in roots):
             output = directory / f"{name}-{role}.collapsed"
             options = ["--pid", str(roots[role][0]), "--format", "raw", "--rate", str(SAMPLES_PER_S), "--function"]
             options += ["--duration", str(LONGEST_RUN_S), "--output", str(output)]

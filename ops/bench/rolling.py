@@ -150,7 +150,11 @@ class Fleet:
 
     async def _new_server(self, module: Module) -> ServerProcess:
         server = ServerProcess(module, self._config)
-        await server.until_ready(200)
+        try:
+            await server.until_ready(200)
+        except BaseException:
+            server.stop()
+            raise
         return server
 
     async def restart_all(self) -> None:
@@ -176,10 +180,12 @@ class Fleet:
             self._out.problems.append(f"a {what} left something: {err}")
 
     async def close(self) -> None:
-        for worker in self.workers:
-            await self._end("worker", worker)
-        for server in self.servers.values():
-            await self._end("server", server)
+        """End all that is left."""
+        async with AsyncExitStack() as stack:  # each, also where another does not end well
+            for server in self.servers.values():
+                stack.push_async_callback(self._end, "server", server)
+            for worker in self.workers:
+                stack.push_async_callback(self._end, "worker", worker)
 
 
 async def follow_over_http(

@@ -91,7 +91,7 @@ def foreign_queue(err: BaseException) -> tuple[str, str] | None:
     )
 
 
-class _Confirms:
+class Confirms:
     """Which of the messages sent on one channel RabbitMQ has taken."""
 
     def __init__(self, channel: Any) -> None:
@@ -152,7 +152,7 @@ class Enqueuer:
         self._retry_at: float | None = None
         """On ``time.monotonic``: when to try again; None while the broker answers."""
         self._queues: dict[str, Any] = {}
-        self._confirms: _Confirms | None = None
+        self._confirms: Confirms | None = None
 
     async def send(self, messages: Sequence[tuple[str, str]]) -> int:
         """Send ``(job id, queue)`` pairs; answers how many the broker took.
@@ -199,9 +199,9 @@ class Enqueuer:
         if confirms is not None:
             confirms.wait(ANSWER_S)
 
-    def _confirms_on(self, channel: Any) -> _Confirms:
+    def _confirms_on(self, channel: Any) -> Confirms:
         if self._confirms is None or self._confirms.channel is not channel:
-            self._confirms = _Confirms(channel)
+            self._confirms = Confirms(channel)
         return self._confirms
 
     async def depth(self, queue: str) -> int | None:

@@ -31,6 +31,7 @@ MAX_CRASHES: Final = 6
 """A job that lost its worker so often ends, even where nobody saw whose fault it was."""
 _LOOK_MAX: Final = 1.5
 """The time between two looks counts for no more than so many periods."""
+_RELEASE_CHUNK: Final = 50
 _SWEEP_MAX: Final = 500
 _ROUNDS_MAX: Final = 100
 _PAUSE_MIN_S: Final = 0.02
@@ -57,13 +58,27 @@ class Watcher:
         self._cut_off = False
 
     async def run(self) -> None:
-        """Look every ``heartbeat_s``, and at the moment when a silent worker counts as dead; for ever."""
+        """Look every ``heartbeat_s``, and at the moment when a silent worker counts as dead; sweep beside it; for ever.
+
+        Beside it, because a broker that does not answer holds a sweep up, and must not hide a death.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_looking())
+            tasks.create_task(self._keep_sweeping())
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except StoreUnavailable as err:
+                logger.info("sweep waits: %s", err)
+            await asyncio.sleep(self._period_s)
+
+    async def _keep_looking(self) -> None:
         while True:
             try:
                 await self.look()
-                await self.sweep()
             except StoreUnavailable as err:
-                self._cut_off = True  # the sweep may have noticed it first
                 logger.warning("watcher waits: %s", err)
             silent_s = max((still_s for _, still_s in self._seen.values()), default=0.0)
             await asyncio.sleep(min(self._period_s, max(self._dead_after_s - silent_s, _PAUSE_MIN_S)))
@@ -150,10 +165,11 @@ class Watcher:
 
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
-        queued: list[tuple[str, str]] = []
+        released: list[str] = []
         if dead_worker is not None:
             await list_dead(self._store, job_ids)
-        for job_id in job_ids:
+
+        async def requeue(job_id: str) -> bool:
             renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
             with store_errors(self._store.address):
                 await self._store.ask([("ZADD", keys.OUTBOX, "NX", 0, job_id), renew])
@@ -173,13 +189,24 @@ class Watcher:
             # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
             self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
             logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
-            if outcome == "queued" and wait_s is None:
-                record = await self._store.find(job_id)
-                if record is not None:
-                    queued.append((job_id, record.queue))
-        if queued:
-            await self._enqueuer.send(queued)
-        return [job_id for job_id, _ in queued]
+            return outcome == "queued"
+
+        for start in range(0, len(job_ids), _RELEASE_CHUNK):
+            chunk = job_ids[start : start + _RELEASE_CHUNK]
+            queued = await asyncio.gather(*(requeue(job_id) for job_id in chunk))
+            released += [job_id for job_id, done in zip(chunk, queued, strict=True) if done]
+            # What a dead worker held without running it waited there for a quarantine process: its message died too.
+            mine = chunk if dead_worker is not None else [i for i, done in zip(chunk, queued, strict=True) if done]
+            await self._send_again(mine, wait_s)
+        return released
+
+    async def _send_again(self, job_ids: list[str], wait_s: float | None) -> None:
+        """The messages of those jobs that wait in the queue."""
+        if job_ids and wait_s is None:
+            records = await self._store.find_many(job_ids)
+            messages = [(r.job_id, r.queue) for r in records if r is not None and r.state == "queued"]
+            if messages:
+                await self._enqueuer.send(messages)
 
     # -- the outbox ---------------------------------------------------------------------------------------------
 

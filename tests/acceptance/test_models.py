@@ -93,16 +93,17 @@ def test_the_list_says_where_each_model_comes_from_and_what_names_it(shared_up: 
 def test_explain_says_who_would_answer_and_changes_with_the_role(shared_up: Up) -> None:
     up = shared_up
     assert done(up, "explain", "--role", "chat").startswith("1. paced  (echo, file, api workers, slot primary)\n")
-    done(up, "set-role", "chat", "primary=echo", "backup_1=paced")
-    decided = json.loads(done(up, "explain", "--role", "chat", "--exclude", "echo", "--json"))
+    done(up, "add", "quick", "--type", "echo")
+    done(up, "set-role", "chat", "primary=quick", "backup_1=paced")
+    decided = json.loads(done(up, "explain", "--role", "chat", "--exclude", "quick", "--json"))
     assert [route["model"] for route in decided["routes"]] == ["paced"]
-    assert "echo is excluded by the request" in decided["why"]
+    assert "quick is excluded by the request" in decided["why"]
     assert "falls back: no" in done(up, "explain", "--role", "chat", "--slot", "backup_1")
 
     def answers() -> str:
         return json.loads(up.ask("run", "--role", "chat", "x", "--json").stdout.splitlines()[-1])["model"]
 
-    block_until(lambda: answers() == "echo", "the workers heard of the change")
+    block_until(lambda: answers() == "quick", "the workers heard of the change")
 
 
 def test_every_change_is_audited_with_who_made_it(shared_up: Up) -> None:

@@ -228,6 +228,7 @@ def running_flower(url: str, home: Path, log: Path) -> Generator[str]:
     """A Flower at the broker; answers its address. It asks the workers to send events, as it does by default."""
     port = free_port()
     command = [sys.executable, "-m", "celery", "flower", "--address=127.0.0.1", f"--port={port}"]
+    command += ["--inspect_timeout=5000"]  # ms, for what the workers answer
     variables = {"CELERY_BROKER_URL": url, "FLOWER_UNAUTHENTICATED_API": "true"}
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=home, env=environment(home, **variables), stdout=out, stderr=out)
@@ -303,19 +304,19 @@ def workers_in_flower(url: str) -> list[str]:
 def wait_running_in_flower(seen: Seen, url: str) -> None:
     """Until Flower shows the held job as one that runs: what it shows of it is what is to be searched."""
 
+    def its_worker() -> str | None:
+        return next((name for name in workers_in_flower(url) if name.startswith("api-worker@")), None)
+
     def running() -> bool:
         # Only who is asked for by name tells of its tasks.
-        for name in workers_in_flower(url):
-            page = f"/api/workers?refresh=1&workername={name}"
-            answer = httpx.get(url + page, timeout=PATIENCE_S, trust_env=False)
-            if answer.status_code != 200:
-                continue
-            seen.flower[f"{page} while jobs run"] = answer.text
-            active = json.dumps(answer.json().get(name, {}).get("active", []))
-            if seen.jobs[HELD]["id"] in active:
-                return True
-        return False
+        page = f"/api/workers?refresh=1&workername={name}"
+        answer = httpx.get(url + page, timeout=PATIENCE_S, trust_env=False)
+        if answer.status_code != 200:
+            return False
+        seen.flower[f"{page} while jobs run"] = answer.text
+        return seen.jobs[HELD]["id"] in json.dumps(answer.json().get(name, {}).get("active", []))
 
+    name = block_until(its_worker, "Flower knows the worker of the held job")
     block_until(running, "Flower shows a running job")
 
 

@@ -12,8 +12,9 @@ from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend
 from promptmill_workers.testing import BackendConformance, Scenario
+from tests.support.conformance import echo_options, simulator_plan
 from tests.support.processes import PATIENCE_S
-from tests.support.simulator import Plan, Simulator
+from tests.support.simulator import Simulator
 
 
 class OverHttp(BackendConformance):
@@ -34,13 +35,7 @@ class OverHttp(BackendConformance):
 
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
-        self.sim.default = Plan(
-            chunks=scenario.pieces,
-            echo=scenario.pieces is None,
-            fault=scenario.fault,
-            after=scenario.after if scenario.fault in {"cut", "stall"} else None,
-            times=scenario.times,
-        )
+        self.sim.default = simulator_plan(scenario)
         config = ModelConfig(
             type=self.kind,
             model_name="sim",
@@ -78,14 +73,7 @@ class TestEcho(BackendConformance):
 
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
-        options: dict[str, object] = {"fault_after": scenario.after}
-        if scenario.pieces is not None:
-            options["text"] = "".join(scenario.pieces)
-        if scenario.fault:
-            options["fault"] = scenario.fault
-        if scenario.times is not None:
-            options["times"] = scenario.times
-        backend = load_backend("model", ModelConfig(type="echo", options=options))
+        backend = load_backend("model", ModelConfig(type="echo", options=echo_options(scenario)))
         try:
             yield backend
         finally:

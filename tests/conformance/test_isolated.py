@@ -14,8 +14,9 @@ from promptmill_workers.backends.base import Backend, Call, Item
 from promptmill_workers.isolated import Isolated, make_backend
 from promptmill_workers.programs import prepare
 from promptmill_workers.testing import BackendConformance, Scenario
+from tests.support.conformance import echo_options, simulator_plan
 from tests.support.processes import PATIENCE_S, tree, wait_until
-from tests.support.simulator import Plan, Simulator
+from tests.support.simulator import Simulator
 
 
 @asynccontextmanager
@@ -47,14 +48,7 @@ class Apart(BackendConformance):
 class TestIsolatedEcho(Apart):
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
-        options: dict[str, object] = {"fault_after": scenario.after}
-        if scenario.pieces is not None:
-            options["text"] = "".join(scenario.pieces)
-        if scenario.fault:
-            options["fault"] = scenario.fault
-        if scenario.times is not None:
-            options["times"] = scenario.times
-        async with isolated(type="echo", options=options) as backend:
+        async with isolated(type="echo", options=echo_options(scenario)) as backend:
             yield backend
 
 
@@ -89,13 +83,7 @@ class TestIsolatedLocalOpenAI(Apart):
 
     @asynccontextmanager
     async def opened(self, scenario: Scenario) -> AsyncIterator[Backend]:
-        self.sim.default = Plan(
-            chunks=scenario.pieces,
-            echo=scenario.pieces is None,
-            fault=scenario.fault,
-            after=scenario.after if scenario.fault in {"cut", "stall"} else None,
-            times=scenario.times,
-        )
+        self.sim.default = simulator_plan(scenario)
         url = f"{self.sim.url}/v1"
         async with isolated(type="local_openai", model_name="sim", api_url=url, api_key_env="SIMULATOR_KEY") as backend:
             yield InOrder(backend, self.sim)

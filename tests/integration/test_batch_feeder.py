@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import orjson
 import pytest
 
 from promptmill import AsyncProducer, keys
@@ -137,6 +138,24 @@ async def test_a_batch_runs_on_a_worker_without_one_message(config, simulator, s
         assert not await store.redis.exists(QUEUE, keys.ready(QUEUE))
         await wait_until(lambda: nothing_left(store), "nothing waits any more")
         assert worker.process.poll() is None
+        beyond = await bytes_beyond(store, batch_id, 250)
+        assert beyond < 2048, f"{beyond:.0f} bytes a finished line beyond its request and its answer"
+
+
+async def bytes_beyond(store: Store, batch_id: str, lines: int) -> float:
+    """What the store keeps of a finished line beside request and answer: its record, its part of batch and ledger."""
+    total = 0
+    async for name in store.redis.scan_iter(count=1000):
+        if name.endswith(b"}:events"):
+            continue  # goes a minute after the end
+        if name.endswith(b"}:job"):
+            request, end = await store.redis.hmget(name, "request", "end")
+            total -= len(request) + len((orjson.loads(end)["text"] or "").encode())
+        elif b"{batch:" not in name and b"{ledger:" not in name:
+            continue  # grows with no line
+        total += await store.redis.memory_usage(name, samples=0)
+    assert await store.redis.exists(keys.batch(batch_id))
+    return total / lines
 
 
 async def nothing_left(store: Store) -> bool:

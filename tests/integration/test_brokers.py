@@ -325,6 +325,19 @@ async def test_short_batch_jobs_never_hold_more_than_their_share(configure: Conf
     assert peak == 4
 
 
+async def test_jobs_of_both_kinds_compete_for_the_last_slots_and_each_runs_once(configure: Configure) -> None:
+    """Slots open and close all the time, and RabbitMQ sends messages for which there is none any more."""
+    path, settings = configure("concurrency = 2\n")
+    with worker_process(path) as worker:
+        async with AsyncProducer(settings) as producer:
+            await worker.ready(settings.store_url)
+            kinds = ["interactive", "batch", "batch", "interactive", "interactive"]
+            jobs = await producer.submit_many([{"prompt": "a b", "model": "fast", "priority": k} for k in kinds * 30])
+            for job in jobs:
+                stored = await job.result(90)
+                assert [a.outcome for a in stored.attempts] == ["succeeded"]
+
+
 async def test_a_worker_stops_well_while_its_batch_jobs_wait(configure: Configure, broker: Broker) -> None:
     path, settings = configure("concurrency = 5\ndrain_s = 0.2\n")
     async with AsyncProducer(settings) as producer:

@@ -8,23 +8,23 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from promptmill.contract import Timeouts
 from promptmill.errors import BackendError, ConfigError
-from promptmill.settings import ModelConfig, load_settings
+from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
 from promptmill_workers.backends.base import Backend, Finished, Item, StartedAnew, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
-from tests.support.docs import blocks
 from tests.support.processes import PATIENCE_S
 from tests.support.programs import (
+    KEY,
     ProgramSimulator,
-    bounded,
+    check_examples_load,
+    end_of_silence,
+    ends_of_faults,
     leaving_none,
     printing,
     real_program,
@@ -35,7 +35,6 @@ from tests.support.simulator import Plan, refusing_url
 
 pytestmark = pytest.mark.xdist_group("programs")
 
-KEY: Final = "planted-key-0123456789"
 PNG: Final = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 # Fault: code, and how many deltas of six come before it.
 EXPECTED: Final[dict[str, tuple[str, int]]] = {
@@ -82,18 +81,7 @@ def user_blocks(sim: ProgramSimulator) -> list[dict[str, Any]]:
 
 
 async def test_each_fault_of_the_provider_ends_in_its_code(sim: ProgramSimulator) -> None:
-    four = asyncio.Semaphore(4)
-
-    async def one(fault: str) -> tuple[str, int]:
-        async with four:
-            items, error = await failure(real(sim, f"sim:tokens=6,rate=20,fault={fault}"), call())
-        assert KEY not in str(error)
-        assert not any(isinstance(item, Finished) for item in items)
-        return error.code, text_of(items).count("tok")
-
-    async with leaving_none():
-        ends = await asyncio.gather(*(one(fault) for fault in EXPECTED))
-    assert dict(zip(EXPECTED, ends, strict=True)) == EXPECTED
+    assert await ends_of_faults(lambda model: real(sim, model), EXPECTED, at_once=4) == EXPECTED
 
 
 async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimulator) -> None:
@@ -113,13 +101,9 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
 async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_with_it(
     sim: ProgramSimulator, model: str, bounds: dict[str, float], code: str, text: str | None
 ) -> None:
-    seen: list[Item] = []
-    asked = replace(call(), timeouts=Timeouts(**bounds))
-    async with leaving_none():
-        with pytest.raises(BackendError) as caught:
-            await bounded(real(sim, model), asked, seen)
-    assert caught.value.code == code
-    assert text is None or text_of(seen) == text
+    ended, said = await end_of_silence(real(sim, model), bounds)
+    assert ended == code
+    assert text is None or said == text
     await sim.wait_idle(connections=True)
 
 
@@ -291,15 +275,7 @@ def test_a_configuration_that_cannot_work_says_why(fields: dict[str, Any], said:
 
 
 def test_the_examples_of_the_page_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(tmp_path, "", name="claude")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    examples = [block for block in blocks("docs/backends/claude_cli.md") if block.language == "toml"]
-    assert examples
-    for block in examples:
-        path = tmp_path / "promptmill.toml"
-        path.write_text(block.text)
-        for name, config in load_settings(path).models.items():
-            load_backend(name, config)
+    check_examples_load("docs/backends/claude_cli.md", "claude", tmp_path, monkeypatch)
 
 
 async def test_a_json_object_without_a_schema_is_refused_with_advice() -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import redis.asyncio
 
 from promptmill import AsyncProducer, keys
-from promptmill.contract import Restart
+from promptmill.contract import Progress, Restart, Timeouts, parse_request
 from promptmill.errors import StoreUnavailable
 from promptmill.settings import Settings
 from promptmill.settings.parts import Durability
-from promptmill.store import durable
+from promptmill.store import START, Claimed, Store, Submission, durable
+from promptmill_workers.writer import Writer
 from tests.support.processes import wait_until
 from tests.support.server import server_process
 from tests.support.store import StoreServer, keys_without_ttl, running_store
@@ -140,9 +143,7 @@ async def test_a_replicas_disk_counts_and_a_failover_to_it_loses_nothing(tmp_pat
 
 async def taken(producer: AsyncProducer, count: int) -> list[str]:
     """Submit some; the ids of those that count as stored."""
-    answers = await asyncio.gather(
-        *(producer.submit("x", model="echo") for _ in range(count)), return_exceptions=True
-    )
+    answers = await asyncio.gather(*(producer.submit("x", model="echo") for _ in range(count)), return_exceptions=True)
     refused = [a for a in answers if isinstance(a, BaseException)]
     assert all(isinstance(a, StoreUnavailable) for a in refused), refused
     return [a.id for a in answers if not isinstance(a, BaseException)]
@@ -179,6 +180,40 @@ async def forgetful(tmp_path: Path, write_config) -> AsyncGenerator[tuple[Forget
         async with AsyncProducer(settings) as producer:
             yield Forgetful(server, tmp_path), path, producer
         assert keys_without_ttl(server.url) == []
+
+
+async def test_a_new_connection_is_not_written_to_before_it_said_what_its_log_has(store: Store) -> None:
+    writer = Writer(store.wire)
+    writer.start()
+    request, timeouts = parse_request({"prompt": "x"}), Timeouts(queue_s=60, total_s=60)
+    job = Submission(keys.new_job_id(), request, "q", timeouts, 3, timedelta(hours=1))
+    await store.submit([job])
+    claimed = await store.claim(job.job_id, "c", "w", Progress(phase="started"))
+    assert isinstance(claimed, Claimed)
+    log = writer.open(job.job_id, "c", claimed.epoch)
+    for text in ("a", "b", "c"):
+        log.add_text(text)
+        writer.mark(log)
+        await writer.settle(log)
+    serial = writer.serial
+    entries, _, _ = await store.read_log(job.job_id, START)
+    await store.redis.delete(keys.log(job.job_id))
+    for event_id, data in entries[:-2]:
+        await store.redis.xadd(keys.log(job.job_id), {"e": data}, id=str(event_id))
+    await store.redis.client_kill_filter(_id=await store.wire.call("CLIENT", "ID"))
+    await wait_until(lambda: store.wire.serial == 0, "the connection is lost")
+    await store.wire.call("PING")  # somebody else's call makes a new one
+    with pytest.raises(StoreUnavailable):
+        await store.finish(job.job_id, "c", "succeeded", b'{"type":"done"}', {}, [], serial=serial)
+    log.add_text("d")
+    writer.mark(log)
+    await writer.settle(log)
+    again, _, _ = await store.read_log(job.job_id, START)
+    assert [event_id for event_id, _ in again[:-1]] == [event_id for event_id, _ in entries]
+    assert [orjson.loads(data).get("text") for _, data in again[-4:]] == ["a", "b", "c", "d"]
+    done = b'{"type":"done","text":"abcd"}'
+    assert await store.finish(job.job_id, "c", "succeeded", done, {"text": "abcd"}, [], serial=writer.serial)
+    await writer.aclose()
 
 
 async def test_tokens_that_the_store_forgot_are_sent_again(tmp_path: Path, write_config) -> None:

@@ -15,6 +15,7 @@ from promptmill.settings import Settings
 from promptmill_gateway import body
 from promptmill_gateway.app import open_gateway
 from promptmill_relay import server
+from tests.support.gateway import running_gateway
 from tests.support.processes import wait_until
 from tests.support.web import raw, request, serving
 
@@ -24,13 +25,8 @@ ECHO = {"prompt": "hello", "model": "echo"}
 @asynccontextmanager
 async def gateway(redis_url: str, **values: Any) -> AsyncGenerator[httpx.AsyncClient]:
     """A client of a running gateway."""
-    settings = Settings(redis_url=redis_url, **values)
-    async with (
-        open_gateway(settings) as service,
-        serving(service.app, service.streams) as running,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=60) as http,
-    ):
-        yield http
+    async with running_gateway(Settings(redis_url=redis_url, **values)) as front:
+        yield front.http
 
 
 def port_of(http: httpx.AsyncClient) -> int:

@@ -13,17 +13,19 @@ from typing import Any, Final
 
 import pytest
 
-from promptmill.contract import Limits, Timeouts, Usage, parse_request
-from promptmill.errors import BackendError, ConfigError
-from promptmill.settings import ModelConfig, load_settings
+from promptmill.contract import Limits, Usage, parse_request
+from promptmill.errors import ConfigError
+from promptmill.settings import ModelConfig
 from promptmill_workers.backends import load_backend
-from promptmill_workers.backends.base import Backend, Finished, Item, UsageUpdate
+from promptmill_workers.backends.base import Backend, Finished, UsageUpdate
 from promptmill_workers.testing import call, collect, failure, text_of
-from tests.support.docs import blocks
 from tests.support.processes import PATIENCE_S
 from tests.support.programs import (
+    KEY,
     ProgramSimulator,
-    bounded,
+    check_examples_load,
+    end_of_silence,
+    ends_of_faults,
     leaving_none,
     printing,
     real_program,
@@ -34,7 +36,6 @@ from tests.support.simulator import refusing_url
 
 pytestmark = pytest.mark.xdist_group("programs")
 
-KEY: Final = "planted-key-0123456789"
 # Fault: code, and how many deltas of six come before it.
 EXPECTED: Final[dict[str, tuple[str, int]]] = {
     "401": ("auth", 0),
@@ -77,18 +78,7 @@ def user_texts(sim: ProgramSimulator) -> list[str]:
 
 
 async def test_each_fault_of_the_provider_ends_in_its_code(sim: ProgramSimulator) -> None:
-    three = asyncio.Semaphore(3)
-
-    async def one(fault: str) -> tuple[str, int]:
-        async with three:
-            items, error = await failure(real(sim, f"sim:tokens=6,rate=20,fault={fault}"), call())
-        assert KEY not in str(error)
-        assert not any(isinstance(item, Finished) for item in items)
-        return error.code, text_of(items).count("tok")
-
-    async with leaving_none():
-        ends = await asyncio.gather(*(one(fault) for fault in EXPECTED))
-    assert dict(zip(EXPECTED, ends, strict=True)) == EXPECTED
+    assert await ends_of_faults(lambda model: real(sim, model), EXPECTED, at_once=3) == EXPECTED
 
 
 async def test_a_wrong_key_is_auth(sim: ProgramSimulator, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +103,7 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
 async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_with_it(
     sim: ProgramSimulator, model: str, bounds: dict[str, float], code: str, text: str
 ) -> None:
-    seen: list[Item] = []
-    asked = replace(call(), timeouts=Timeouts(**bounds))
-    async with leaving_none():
-        with pytest.raises(BackendError) as caught:
-            await bounded(real(sim, model), asked, seen)
-    assert (caught.value.code, text_of(seen)) == (code, text)
+    assert await end_of_silence(real(sim, model), bounds) == (code, text)
     await sim.wait_idle(connections=True)
 
 
@@ -215,15 +200,7 @@ def test_a_configuration_that_cannot_work_says_why(fields: dict[str, Any], said:
 
 
 def test_the_examples_of_the_page_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(tmp_path, "", name="gemini")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    examples = [block for block in blocks("docs/backends/gemini_cli.md") if block.language == "toml"]
-    assert examples
-    for block in examples:
-        path = tmp_path / "promptmill.toml"
-        path.write_text(block.text)
-        for name, config in load_settings(path).models.items():
-            load_backend(name, config)
+    check_examples_load("docs/backends/gemini_cli.md", "gemini", tmp_path, monkeypatch)
 
 
 async def test_a_picture_is_refused_with_advice(tmp_path: Path) -> None:

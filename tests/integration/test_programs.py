@@ -25,27 +25,14 @@ import uvloop
 from ops.bench.programs import main as benchmark
 
 from promptmill.errors import BackendError
-from promptmill_workers.programs import LEVELS, Program, ProgramLimits, open_sandbox, probe_all
+from promptmill_workers.programs import Program, ProgramLimits, open_sandbox
 from promptmill_workers.programs.levels import prepare
 from tests.support.hostile import command
-from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.processes import PATIENCE_S, processes_of, wait_until
 
 uvloop.new_event_loop().close()  # libuv keeps a pipe of its own for ever, from the first loop on
-PERMITTED = asyncio.run(probe_all())
 QUICK = ProgramLimits(grace_s=0.2)
 NEEDS_MORE_THAN_A_GROUP = "the level group finds nothing that left the process group"
-
-
-def processes_of(tag: str) -> list[psutil.Process]:
-    """Everything that runs with ``tag`` in its arguments: a program of the test and what it forked."""
-    found: list[psutil.Process] = []
-    for process in psutil.process_iter():
-        try:
-            if tag in process.cmdline():
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
-    return found
 
 
 def own_descendants() -> set[psutil.Process]:
@@ -67,20 +54,13 @@ def names_in(path: str) -> list[str]:
     return sorted(entry.name for entry in Path(path).iterdir())
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    if PERMITTED[request.param] != "ok":
-        pytest.skip(f"{request.param}: {PERMITTED[request.param]}")
-    return request.param
-
-
 @pytest.fixture
 def tag() -> str:
     return f"hostile-{uuid.uuid4().hex}"
 
 
 @pytest.fixture(autouse=True)
-async def nothing_is_left(tag: str) -> AsyncIterator[None]:
+async def nothing_is_left(tag: str, permitted_levels: dict[str, str]) -> AsyncIterator[None]:
     await prepare()
     before, ours = descriptors(), own_descendants()  # the warden's, and the run's store
     yield

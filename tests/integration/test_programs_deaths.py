@@ -21,14 +21,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from promptmill_workers.programs import LEVELS, ProgramLimits, open_sandbox, prepare, probe_all
+from promptmill_workers.programs import ProgramLimits, open_sandbox, prepare
 from promptmill_workers.programs.environment import jobs_root
 from promptmill_workers.programs.link import warden
-from tests.integration.test_programs import processes_of
 from tests.support.hostile import command
-from tests.support.processes import PATIENCE_S, block_until, wait_gone, wait_until
+from tests.support.processes import PATIENCE_S, block_until, processes_of, wait_gone, wait_until
 
-PERMITTED = asyncio.run(probe_all())
 LIMITS = ProgramLimits(grace_s=0.2)
 
 ROLES = ("pm-warden", "pm-guard", "pm-init")
@@ -67,13 +65,6 @@ def pids_below(pid: int) -> dict[str, int]:
         with contextlib.suppress(psutil.NoSuchProcess):  # the first of two forks, on its way out
             found[process.name()] = process.pid
     return found
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> str:
-    if PERMITTED[request.param] != "ok":
-        pytest.skip(f"{request.param}: {PERMITTED[request.param]}")
-    return request.param
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from promptmill.reading import Frame, Hub, Reader
 from promptmill.store import Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND
 from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.streams import text_of_frames
 
 
 @pytest.fixture
@@ -68,17 +69,6 @@ async def read_all(reader: Reader) -> list[Frame]:
         return [frame async for batch in reader for frame in batch]
 
 
-def text_of(frames: list[Frame]) -> str:
-    """What a reader shows: the tokens since the last restart."""
-    text = ""
-    for frame in frames:
-        if frame.type == b"restart":
-            text = ""
-        elif frame.type == b"token":
-            text += orjson.loads(frame.data)["text"]
-    return text
-
-
 def check_order(frames: list[Frame]) -> None:
     ids = [EventId.read(f.id) for f in frames if f.id is not None]
     assert ids == sorted(set(ids))
@@ -97,7 +87,7 @@ async def test_a_reader_before_during_and_after_the_job_gets_the_same_events(sto
     late = await read_all(await hub.open(job.id))
     check_order(late)
     assert await early == late == await middle
-    assert text_of(late) == "abc"
+    assert text_of_frames(late) == "abc"
 
 
 async def test_every_resume_point_gets_exactly_the_rest(store: Store, hub: Hub) -> None:
@@ -148,7 +138,7 @@ async def test_a_large_event_arrives_whole(store: Store, hub: Hub) -> None:
     await wait_until(lambda: _subscribers(store, job.id), "the reader is subscribed")
     await job.say("x" * 20_000, "y")
     await job.finish()
-    assert text_of(await reading) == "x" * 20_000 + "y"
+    assert text_of_frames(await reading) == "x" * 20_000 + "y"
 
 
 async def test_a_cut_pubsub_connection_loses_nothing(store: Store, hub: Hub) -> None:
@@ -162,7 +152,7 @@ async def test_a_cut_pubsub_connection_loses_nothing(store: Store, hub: Hub) -> 
     await job.finish()
     frames = await reading
     check_order(frames)
-    assert text_of(frames) == job.text
+    assert text_of_frames(frames) == job.text
 
 
 async def test_a_reader_that_is_not_read_is_bounded_and_misses_nothing(store: Store, hub: Hub) -> None:
@@ -178,7 +168,7 @@ async def test_a_reader_that_is_not_read_is_bounded_and_misses_nothing(store: St
     async for batch in reader:
         frames += batch
     check_order(frames)
-    assert text_of(frames) == job.text
+    assert text_of_frames(frames) == job.text
 
 
 async def test_after_the_log_is_deleted_the_text_comes_whole(store: Store, hub: Hub) -> None:
@@ -189,13 +179,13 @@ async def test_after_the_log_is_deleted_the_text_comes_whole(store: Store, hub: 
     await store.redis.delete(keys.log(job.id))
     late = await read_all(await hub.open(job.id))
     assert [f.type for f in late] == [b"token", b"done"]
-    assert text_of(late) == "ab"
+    assert text_of_frames(late) == "ab"
     assert late[-1].id == whole[-1].id
     middle = whole[-3].id
     assert middle is not None
     resumed = await read_all(await hub.open(job.id, middle.decode()))
     assert [f.type for f in resumed] == [b"restart", b"token", b"done"]
-    assert text_of(resumed) == "ab"
+    assert text_of_frames(resumed) == "ab"
     token_id = late[0].id
     assert token_id is not None
     assert [f.type for f in await read_all(await hub.open(job.id, token_id.decode()))] == [b"done"]
@@ -252,7 +242,7 @@ async def test_the_last_reader_unsubscribes_and_a_new_one_subscribes_again(store
     reading = asyncio.create_task(read_all(await hub.open(job.id)))
     await job.say("a")
     await job.finish()
-    assert text_of(await reading) == "a"
+    assert text_of_frames(await reading) == "a"
 
 
 async def _none(store: Store, job_id: str) -> bool:
@@ -297,7 +287,7 @@ async def test_any_interleaving_of_publish_subscribe_and_reconnect(store: Store,
         await write()
         for frames in await asyncio.gather(*readings):
             check_order(frames)
-            assert text_of(frames) == job.text
+            assert text_of_frames(frames) == job.text
     await hub.aclose()
 
 

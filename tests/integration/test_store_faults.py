@@ -11,22 +11,28 @@ import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 import redis.asyncio
+from redis.exceptions import BusyLoadingError
 
-from promptmill import AsyncProducer
+from promptmill import AsyncProducer, keys
 from promptmill.contract import Restart
+from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
+from promptmill.heartbeat import beat, leave
 from promptmill.settings import Settings
+from promptmill.store import Store
+from promptmill.watch import Watcher
 from tests.support.processes import wait_until
 from tests.support.server import ServerProcess, server_process
 from tests.support.store import StoreServer, keys_without_ttl, running_store
 from tests.support.streams import check_whole, collect, follow_sse, phases, text_of, wait_for_tokens
 from tests.support.worker import WorkerProcess, worker_process
 
-QUICK = "heartbeat_s = 0.5\ndead_after_s = 2.0\nkeepalive_s = 1\n"
+QUICK = "heartbeat_s = 0.5\ndead_after_s = 4.0\nkeepalive_s = 1\n"
 MODELS = '[models.slow]\ntype = "echo"\noptions = { tokens_per_s = 20 }\n[models.fast]\ntype = "echo"\n'
 JOBS = 8
 
@@ -42,7 +48,7 @@ class Submitting:
 
     producer: AsyncProducer
     refused: int = 0
-    ids: dict[str, set[str]] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
@@ -50,8 +56,7 @@ class Submitting:
         while not self.over.is_set():
             number += 1
             key = f"key-{number}"
-            while not await self._submitted(key):
-                await asyncio.sleep(0.05)
+            await wait_until(partial(self._submitted, key), "the store takes it")
             await asyncio.sleep(0.1)
 
     async def _submitted(self, key: str) -> bool:
@@ -60,7 +65,7 @@ class Submitting:
         except StoreUnavailable:
             self.refused += 1
             return False
-        self.ids.setdefault(key, set()).add(job.id)
+        self.ids[key] = job.id
         return True
 
 
@@ -78,7 +83,7 @@ class Mill:
     async def refuses(self) -> None:
         """Until a submission was refused."""
         before = self.submitting.refused
-        await wait_until(lambda: self.submitting.refused > before, "a submission is refused", 30)
+        await wait_until(lambda: self.submitting.refused > before, "a submission is refused")
 
     @asynccontextmanager
     async def client(self) -> AsyncGenerator[redis.asyncio.Redis]:
@@ -129,7 +134,7 @@ async def frozen(mill: Mill) -> AsyncGenerator[None]:
     process.send_signal(signal.SIGSTOP)
     try:
         yield
-        await asyncio.sleep(7)  # how long it lasts is what is tested: three times dead_after_s
+        await asyncio.sleep(9)  # how long it lasts is what is tested: over twice dead_after_s
     finally:
         process.send_signal(signal.SIGCONT)
 
@@ -175,6 +180,35 @@ async def test_a_store_that_is_away_costs_time_and_nothing_else(
 
         await stands(mill, away)
         assert mill.submitting.refused
+
+
+async def test_an_outage_of_any_length_that_all_see_kills_nobody(store: Store, settings: Settings) -> None:
+    quick = settings.model_copy(update={"heartbeat_s": 0.05, "dead_after_s": 0.4})
+    enqueuer = Enqueuer(settings.queue_url)
+    try:
+        watcher, worker = Watcher(store, quick, enqueuer), keys.new_token()
+        await beat(store, worker, 1, "ready", 0.05)
+        for length in (0.41, 0.6, 0.9, 1.5):
+            await watcher.look()
+            await asyncio.sleep(length)  # nobody beats and nobody looks: what is tested
+            assert worker not in await watcher.look()
+            await beat(store, worker, int(length * 100), "ready", 0.05)
+        await leave(store, worker)
+    finally:
+        await enqueuer.aclose()
+
+
+async def test_what_a_server_says_of_itself_is_never_taken_for_a_reply(store: Store) -> None:
+    await store.wire.connected()
+    call = asyncio.create_task(store.wire.many([("PING",), ("PING",)]))
+    await asyncio.sleep(0)
+    queue = store.wire._queue
+    assert queue is not None
+    queue._replied(BusyLoadingError("Redis is loading the dataset in memory"))
+    with pytest.raises(BusyLoadingError):
+        await call
+    assert store.wire.serial == 0
+    assert await store.wire.call("PING") == b"PONG"
 
 
 async def flushed(mill: Mill) -> None:
@@ -237,8 +271,9 @@ async def stands(mill: Mill, trouble) -> None:
         assert stored.text == prompt(number)
         assert [a.outcome for a in stored.attempts] == ["succeeded"]
     assert mill.submitting.ids
-    for key, ids in mill.submitting.ids.items():
-        (job_id,) = ids
+    page = await producer.list(limit=10_000)
+    assert {j.id for j in page.jobs} == {*mill.submitting.ids.values(), *(j.id for j in jobs)}, "none is there twice"
+    for key, job_id in mill.submitting.ids.items():
         events = await collect(producer, job_id)
         check_whole(events)
         assert text_of(events) == f"say {key}"

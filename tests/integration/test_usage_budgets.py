@@ -6,13 +6,10 @@ import asyncio
 import csv
 import io
 import json
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 
@@ -26,8 +23,7 @@ from promptmill.settings import Budget, ModelConfig, Price, Settings, UserConfig
 from promptmill.store import Claimed, Store
 from promptmill.usage import book
 from promptmill.usage.budgets import check_budget
-from promptmill_gateway.app import open_gateway
-from tests.support.web import serving
+from tests.support.gateway import running_gateway
 
 REGISTRY = Registry(
     {"paid": ModelConfig(type="echo", price=Price(input=1, output=1)), "free": ModelConfig(type="echo")}
@@ -151,23 +147,15 @@ async def test_days_are_kept_apart_and_added_up(settings, use, user) -> None:
 # -- HTTP -----------------------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def gateway(settings: Settings) -> AsyncGenerator[httpx.AsyncClient]:
-    async with (
-        open_gateway(settings) as service,
-        serving(service.app, service.streams) as running,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=60) as http,
-    ):
-        yield http
-
-
 async def test_usage_over_http_is_that_of_the_library(settings, use, user) -> None:
     await use(user, 5, day="1976-01-01")
-    async with gateway(settings) as http:
-        answer = await http.get(
+    async with running_gateway(settings) as front:
+        answer = await front.http.get(
             "/v1/usage", params={"from": "1976-01-01", "to": "1976-01-01", "by": "user,day", "user": user}
         )
-        bad = [await http.get("/v1/usage", params=p) for p in ({"from": "never"}, {"by": "x"}, {"to": "1976-13-01"})]
+        bad = [
+            await front.http.get("/v1/usage", params=p) for p in ({"from": "never"}, {"by": "x"}, {"to": "1976-13-01"})
+        ]
     sums = {
         "attempts": 1,
         "failed": 0,
@@ -200,11 +188,11 @@ async def test_with_keys_a_user_sees_their_own_usage_only(redis_url, use, monkey
     settings = Settings(redis_url=redis_url, api_keys={ann: {"key_env": "TEST_KEY_ANN"}})  # type: ignore[dict-item]
     await use(ann, 3)
     await use(bob, 4)
-    async with gateway(settings) as http:
+    async with running_gateway(settings) as front:
         mine = {"authorization": "Bearer key-ann"}
-        own = (await http.get("/v1/usage", params={"by": "user"}, headers=mine)).json()
-        others = await http.get("/v1/usage", params={"user": bob}, headers=mine)
-        nobody = await http.get("/v1/usage")
+        own = (await front.http.get("/v1/usage", params={"by": "user"}, headers=mine)).json()
+        others = await front.http.get("/v1/usage", params={"user": bob}, headers=mine)
+        nobody = await front.http.get("/v1/usage")
     assert [row["user"] for row in own["rows"]] == [ann]
     assert own["total"]["input_tokens"] == 3
     assert (others.status_code, nobody.status_code) == (403, 401)
@@ -212,8 +200,8 @@ async def test_with_keys_a_user_sees_their_own_usage_only(redis_url, use, monkey
 
 async def test_a_spent_budget_is_a_429_with_the_time_to_come_back(redis_url, use, user) -> None:
     await use(user, 10)
-    async with gateway(limited(redis_url, user, hard_tokens=10)) as http:
-        answer = await http.post("/v1/jobs", json={"prompt": "x", "model": "echo", "user": user})
+    async with running_gateway(limited(redis_url, user, hard_tokens=10)) as front:
+        answer = await front.http.post("/v1/jobs", json={"prompt": "x", "model": "echo", "user": user})
     assert answer.status_code == 429
     assert answer.json()["code"] == "budget_exceeded"
     assert answer.json()["limit"] == 10

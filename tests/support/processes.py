@@ -32,6 +32,15 @@ def tree(pid: int) -> set[int]:
     return {pid, *(child.pid for child in process.children(recursive=True))}
 
 
+def processes_of(tag: str) -> list[psutil.Process]:
+    """Everything that runs with ``tag`` in its arguments: a program of the test and what it forked."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess):  # zombies too
+            found += [process] if tag in process.cmdline() else []
+    return found
+
+
 def wait_gone(pids: Iterable[int], timeout_s: float = PATIENCE_S) -> None:
     """Until none of ``pids`` runs; fails with those that still do."""
     deadline = time.monotonic() + timeout_s

@@ -9,16 +9,23 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 import pytest
 
-from promptmill_workers.backends.base import Backend, Call, Item, TextDelta
+from promptmill.contract import Timeouts
+from promptmill.errors import BackendError
+from promptmill.settings import load_settings
+from promptmill_workers.backends import load_backend
+from promptmill_workers.backends.base import Backend, Call, Finished, Item, TextDelta
 from promptmill_workers.deadlines import Deadlines
+from promptmill_workers.testing import call, failure, text_of
+from tests.support.docs import blocks
 from tests.support.processes import PATIENCE_S
 from tests.support.simulator import Plan, RequestRecord, Simulator
 
@@ -62,6 +69,51 @@ def printing(*lines: str, end: str = "") -> str:
     return (
         f"import os, signal, sys, time\nsys.stdout.write({chr(10).join(lines) + chr(10)!r})\nsys.stdout.flush()\n{end}"
     )
+
+
+KEY: Final = "planted-key-0123456789"
+"""What the provider of a test of programs wants."""
+
+
+async def ends_of_faults(
+    make: Callable[[str], Backend], faults: Iterable[str], at_once: int
+) -> dict[str, tuple[str, int]]:
+    """The code in which each fault of the provider ends, after how many of six tokens; no program stays behind."""
+    few = asyncio.Semaphore(at_once)
+    ends: dict[str, tuple[str, int]] = {}
+
+    async def one(fault: str) -> None:
+        async with few:
+            items, error = await failure(make(f"sim:tokens=6,rate=20,fault={fault}"), call())
+        assert KEY not in str(error)
+        assert not any(isinstance(item, Finished) for item in items)
+        ends[fault] = (error.code, text_of(items).count("tok"))
+
+    async with leaving_none():
+        await asyncio.gather(*map(one, faults))
+    return ends
+
+
+async def end_of_silence(backend: Backend, bounds: dict[str, float]) -> tuple[str, str]:
+    """The code and the text of a call that passes one of its bounds; no program stays behind."""
+    seen: list[Item] = []
+    async with leaving_none():
+        with pytest.raises(BackendError) as caught:
+            await bounded(backend, replace(call(), timeouts=Timeouts(**bounds)), seen)
+    return caught.value.code, text_of(seen)
+
+
+def check_examples_load(page: str, program: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every configuration on a page of the documentation makes a backend, with ``program`` installed."""
+    script(directory, "", name=program)
+    monkeypatch.setenv("PATH", str(directory), prepend=":")
+    examples = [block for block in blocks(page) if block.language == "toml"]
+    assert examples
+    for block in examples:
+        path = directory / "promptmill.toml"
+        path.write_text(block.text)
+        for name, config in load_settings(path).models.items():
+            load_backend(name, config)
 
 
 class ProgramSimulator(Simulator):

@@ -38,11 +38,13 @@ class ServerProcess:
 
     async def ready(self) -> tuple[int, str]:
         """What ``/readyz`` says: the status and the body."""
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-            async with session.get(f"http://127.0.0.1:{self.port}/readyz") as answer:
-                return answer.status, await answer.text()
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session,
+            session.get(f"http://127.0.0.1:{self.port}/readyz") as answer,
+        ):
+            return answer.status, await answer.text()
 
-    async def until_ready(self, status: int, *reasons: str, timeout_s: float = 40) -> None:
+    async def until_ready(self, status: int, *reasons: str) -> None:
         """Until ``/readyz`` answers ``status``, and its body names one of ``reasons``."""
 
         said: tuple[int, str] = (0, "")
@@ -54,7 +56,7 @@ class ServerProcess:
             return said[0] == status and (not reasons or any(reason in said[1] for reason in reasons))
 
         try:
-            await wait_until(says, f"/readyz answers {status} {reasons}", timeout_s)
+            await wait_until(says, f"/readyz answers {status} {reasons}")
         except AssertionError as err:
             raise AssertionError(f"{err}; it says {said}") from err
 

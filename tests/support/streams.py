@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import aclosing
 from itertools import pairwise
 
 import aiohttp
+import orjson
 
 from promptmill import AsyncProducer
 from promptmill.contract import Done, Event, Progress, Restart, Token, parse_event
+from promptmill.reading import Frame
 from tests.support.event_source import EventSourceParser
 
 READ_S = 90.0
@@ -25,6 +27,17 @@ def text_of(events: Sequence[Event]) -> str:
             text = ""
         elif isinstance(event, Token):
             text += event.text
+    return text
+
+
+def text_of_frames(frames: Iterable[Frame]) -> str:
+    """The same, of what a reader passes on."""
+    text = ""
+    for frame in frames:
+        if frame.type == b"restart":
+            text = ""
+        elif frame.type == b"token":
+            text += orjson.loads(frame.data)["text"]
     return text
 
 

@@ -25,6 +25,7 @@ from promptmill.errors import NotFound
 from promptmill.reading import Frame, Hub, Reader
 from promptmill.reading.frame import frame
 from promptmill.store import START, EventId, Store
+from tests.support.streams import text_of_frames
 
 JOB = "job"
 CHANNEL = keys.channel(JOB).encode()
@@ -57,17 +58,6 @@ class ScriptedLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
-
-
-def text_of(frames: Sequence[Frame]) -> str:
-    """What a reader shows: the tokens since the last restart."""
-    text = ""
-    for got in frames:
-        if got.type == b"restart":
-            text = ""
-        elif got.type == b"token":
-            text += orjson.loads(got.data)["text"]
-    return text
 
 
 class Job:
@@ -126,7 +116,7 @@ class Job:
     def finish(self, end: str, jump: int, fate: str) -> None:
         if self.ended:
             return
-        text = text_of(self.events)
+        text = text_of_frames(self.events)
         self.before_end = EventId.read(self.events[-1].id or b"")
         self.epoch, self.n = self.epoch + jump, 0
         self.state = END_STATES[end]
@@ -305,7 +295,7 @@ class Client:
         if got and got[-1].ends and job.record:
             known = [f for f in job.events if EventId.read(f.id or b"") <= self.start]
             if self.start == START or (known and known[-1].id == bytes(self.start)):
-                assert text_of(known + got) == text_of(job.events)
+                assert text_of_frames(known + got) == text_of_frames(job.events)
 
     def _behind_the_unknown(self) -> list[Frame]:
         """What came, without the void and the text that stand before it where the log never held our start."""
@@ -316,7 +306,7 @@ class Client:
         spoken = {b"restart", b"token"}
         head = next((i for i, f in enumerate(got) if f.id is not None or f.type not in spoken), len(got))
         if 0 < head < len(got) and job.log:
-            assert text_of(got[:head]) == text_of(known)
+            assert text_of_frames(got[:head]) == text_of_frames(known)
         return got[head:]
 
     def _check_late(self, rest: list[Frame], known: EventId) -> None:

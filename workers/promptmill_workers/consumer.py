@@ -18,10 +18,9 @@ from typing import Any, Final
 from celery import signals
 from celery.concurrency.thread import TaskPool
 from celery.exceptions import WorkerShutdown
-from celery.worker import WorkController
+from celery.worker import WorkController, state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request
-from celery.worker.state import task_ready  # pyright: ignore[reportUnknownVariableType]
 
 from promptmill.enqueue import broker_queue, foreign_queue, is_amqp, make_app
 from promptmill.queues import TASK_NAME, queues_of
@@ -154,8 +153,8 @@ class Consumer:
             worker_send_task_events=False,
             worker_cancel_long_running_tasks_on_connection_loss=False,
             broker_connection_max_retries=None,
-            # Redis that became a replica (a failover) answers with errors that Celery otherwise dies of.
-            broker_channel_error_retry=not is_amqp(settings.queue_url),
+            # Redis that became a replica (a failover), a queue that somebody deleted: Celery otherwise dies of it.
+            broker_channel_error_retry=True,
             # Exclusive, it would be locked by a connection of ours that broke and that the broker still believes in;
             # newer RabbitMQ refuses queues that are neither exclusive nor durable.
             control_queue_exclusive=False,
@@ -191,7 +190,7 @@ class Consumer:
         self._follow()
 
     def _give_back(self, request: Any) -> None:
-        task_ready(request)
+        state.task_ready(request)  # pyright: ignore[reportUnknownMemberType]
         self._returned.append(request.message)
         self._follow()
 
@@ -270,7 +269,9 @@ class Consumer:
 
     def stop(self) -> bool:
         """End the thread, when no job runs any more; True where it ended in time. Blocks: call it from a thread."""
-        self._controller.stop()
+        # Its own thread does it: two that read RabbitMQ's answers from one connection wait for ever.
+        state.should_stop = 0
+        self._controller.consumer.call_soon(lambda: None)  # wakes it, and it looks
         self._thread.join(_JOIN_TIMEOUT_S)
         return not self._thread.is_alive()
 

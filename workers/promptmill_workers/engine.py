@@ -97,7 +97,7 @@ class Engine:
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
         engine.runner.renew = engine._renew_registry
-        engine.orphans = Orphans(engine.store, engine.worker_id, engine.runner.running, engine.watcher)
+        engine.orphans = Orphans(engine.store, engine.worker_id, engine.runner, engine.watcher)
         if alone:
             engine.state = "quarantine"
             engine.runner.alone = True

@@ -46,6 +46,10 @@ StopReason = Literal["taken", "handback"]
 _STORE_BACKOFF_MAX_S: Final = 2.0
 
 
+async def _refused_alone(job_id: str) -> None:
+    raise RuntimeError(f"job {job_id} was refused to a process that runs it alone")
+
+
 class RunningJob:
     """A claim that this process holds, and the task that serves it."""
 
@@ -98,9 +102,10 @@ class Runner:
         self.claiming: dict[str, str] = {}
         """Claims whose replies are on their way, which may hold by now: token to job id."""
         self._taken: set[str] = set()
+        self._in_line: set[str] = set()
         self.alone = False
         """Whether this process runs one job at a time, of those that lost other workers."""
-        self.quarantine: Callable[[str], Awaitable[None]] | None = None
+        self.quarantine: Callable[[str], Awaitable[None]] = _refused_alone
         """Runs such a job in a process of its own."""
         writer.on_fenced = self._on_fenced
 
@@ -140,8 +145,8 @@ class Runner:
             taken = claim in self._taken
             self._taken.discard(claim)
             del self.claiming[claim]
-        if claimed == "alone" and self.quarantine is not None:
-            await self.quarantine(job_id)
+        if claimed == "alone":
+            await self._in_quarantine(job_id)
         if isinstance(claimed, str):
             return
         log = self._writer.open(job_id, claim, claimed.epoch)
@@ -172,9 +177,22 @@ class Runner:
             self._writer.close(log)
             if self.running.get(job_id) is job:
                 del self.running[job_id]
-        # Taken away and claimed here once more, it is another claim's: off the set, nobody would find it after our death.
+        # Taken away and claimed here once more, it is the other claim's: off the set, it would be lost with us.
         if job.stop_reason != "handback" and job_id not in self.running:
             self._store.forget_claim(job_id, self._worker_id)
+
+    async def _in_quarantine(self, job_id: str) -> None:
+        """Have it run alone. Until then it stays on this worker's set of claims, which is how it is found if we die."""
+        self._in_line.add(job_id)
+        try:
+            await self.quarantine(job_id)
+        finally:
+            self._in_line.discard(job_id)
+            self._store.forget_claim(job_id, self._worker_id)
+
+    def __contains__(self, job_id: str) -> bool:
+        """Whether the job is served here, or waits here for a process of its own."""
+        return job_id in self.running or job_id in self._in_line
 
     async def _claim(self, job_id: str, claim: str) -> Claimed | ClaimRefusal:
         message = "in quarantine: it lost its worker before" if self.alone else None
@@ -185,7 +203,7 @@ class Runner:
         logger.debug("job %s not claimed: %s", job_id, claimed)
         if claimed == "expired":
             await self._store.expire(job_id, keys.new_token())
-        if job_id not in self.running:
+        if job_id not in self and claimed != "alone":
             self._store.forget_claim(job_id, self._worker_id)
         return claimed
 

@@ -6,6 +6,8 @@ import asyncio
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from redis.exceptions import ResponseError
+
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
@@ -25,6 +27,7 @@ async def check_store(settings: Settings) -> list[Check]:
         with store_errors(address):
             memory: dict[str, Any] = await redis.info("memory")  # pyright: ignore[reportUnknownMemberType]
             kept: dict[str, Any] = await redis.info("persistence")  # pyright: ignore[reportUnknownMemberType]
+            policy = await _appendfsync(redis)
     except PromptmillError as err:
         if settings.redis_url is None:
             return [Check("reachable", "redis", "off", err.message, "start `promptmill up`, or set redis_url")]
@@ -35,17 +38,27 @@ async def check_store(settings: Settings) -> list[Check]:
     version = server.get("valkey_version") or server.get("redis_version")
     checks = [
         Check("reachable", "redis", "ok", f"{name} {version} at {address}"),
-        _persistence(kept),
+        _persistence(kept, policy),
         _eviction(memory),
     ]
     return [*checks, *await _workers(settings)]
 
 
-def _persistence(kept: dict[str, Any]) -> Check:
+async def _appendfsync(redis: Any) -> str | None:
+    """When the server syncs its file; None where it does not tell, as hosted ones do not."""
+    try:
+        found: dict[str, str] = await redis.config_get("appendfsync")
+    except ResponseError:
+        return None
+    return found.get("appendfsync")
+
+
+def _persistence(kept: dict[str, Any], policy: str | None) -> Check:
     if kept.get("aof_last_write_status", "ok") != "ok":
         return Check("reachable", "redis appendonly", "fail", "cannot write its file", "make room on its disk")
     if kept.get("aof_enabled"):
-        return Check("reachable", "redis appendonly", "ok", "on: jobs survive its restart")
+        synced = f", appendfsync {policy}" if policy else ""
+        return Check("reachable", "redis appendonly", "ok", f"on{synced}: jobs survive its restart")
     return Check(
         "reachable", "redis appendonly", "off", "off: a restart of Redis loses jobs", "set appendonly yes there"
     )

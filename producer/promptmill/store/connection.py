@@ -68,6 +68,11 @@ def reason(err: BaseException) -> str:
     return str(err) or type(err).__name__
 
 
+def transport_closed(err: RuntimeError) -> bool:
+    """Whether this is how uvloop refuses to write to a connection that broke a moment ago; redis-py passes it on."""
+    return "handler is closed" in str(err)
+
+
 @contextmanager
 def store_errors(address: str) -> Generator[None]:
     """Turn what redis-py raises into :class:`StoreUnavailable` with advice; leave everything else alone.
@@ -79,7 +84,9 @@ def store_errors(address: str) -> Generator[None]:
     before = task.cancelling() if task else 0
     try:
         yield
-    except (RedisError, OSError, asyncio.IncompleteReadError) as err:
+    except (RedisError, OSError, asyncio.IncompleteReadError, RuntimeError) as err:
+        if isinstance(err, RuntimeError) and not transport_closed(err):
+            raise
         if task and task.cancelling() > before:
             raise asyncio.CancelledError from err
         raise _explain(err, address) from err
@@ -96,7 +103,7 @@ def _explain(err: BaseException, address: str) -> StoreUnavailable:
         return StoreUnavailable(f"Redis at {address} takes no writes: {err}")
     if isinstance(err, ReadOnlyError):
         return StoreUnavailable(f"Redis at {address} is a read-only replica")
-    if isinstance(err, (ConnectionError, TimeoutError, OSError, asyncio.IncompleteReadError)):
+    if isinstance(err, (ConnectionError, TimeoutError, OSError, asyncio.IncompleteReadError, RuntimeError)):
         return StoreUnavailable(f"Redis at {address} cannot be reached: {reason(err)}")
     return StoreUnavailable(f"Redis at {address} answered: {err}")
 

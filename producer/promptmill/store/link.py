@@ -55,6 +55,10 @@ class Link(asyncio.Protocol):
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await connection.connect()
+        except RuntimeError as err:
+            await connection.disconnect(nowait=True)
+            # uvloop's word for a connection that broke while it was made.
+            raise RedisConnectionError(str(err)) from err
         except BaseException:
             await connection.disconnect(nowait=True)
             raise

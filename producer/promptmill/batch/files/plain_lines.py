@@ -63,6 +63,7 @@ class _OwnAnswers:
             "finish_reason": job.finish_reason,
             "job_id": job.id,
             "attempts": len(job.attempts),
+            **({"cached": True} if job.cached else {}),
         }
 
     def failure(self, line_id: str, error: ErrorInfo, job: Job | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from promptmill.batch.files.hashes import HashTable, hash_of_id
 from promptmill.errors import BadRequest, PromptmillError
 
 _BLOCK_BYTES: Final = 1 << 20
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL})
 
 
@@ -30,7 +31,7 @@ def writing(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as err:
-        advice = "; make room and run the same command again" if err.errno in {errno.ENOSPC, errno.EDQUOT} else ""
+        advice = "; make room and run the same command again" if err.errno in _NO_ROOM else ""
         raise PromptmillError(f"{path} cannot be written: {err.strerror}{advice}", code="cannot_write") from err
 
 
