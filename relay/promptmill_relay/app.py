@@ -9,7 +9,6 @@ from promptmill.errors import BadRequest, NotFound, StoreUnavailable
 from promptmill.reading import Hub
 from promptmill.settings import Settings
 from promptmill.store import Store
-from promptmill.store.connection import store_errors
 from promptmill_relay.auth import Access
 from promptmill_relay.door import Door
 from promptmill_relay.problem import Receive, Scope, Send, respond, send_problem
@@ -40,8 +39,7 @@ class RelayApp:
 
     async def _ready(self, send: Send) -> None:
         try:
-            with store_errors(self._store.address):
-                await self._store.redis.ping()  # pyright: ignore[reportUnknownMemberType, reportGeneralTypeIssues]
+            await self._store.check_answers()
         except StoreUnavailable as err:
             await send_problem(send, err)
         else:

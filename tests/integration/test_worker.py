@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from promptmill import AsyncProducer, JobCancelled, JobFailed, Producer, keys
 from promptmill.contract import Restart
 from promptmill.errors import Closed
+from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.simulator import Plan, Simulator
@@ -55,63 +57,80 @@ def simulated(sim: Simulator) -> str:
     return f'[models.sim]\ntype = "local_openai"\napi_url = "{sim.url}/v1"\nmodel_name = "sim"\n'
 
 
-async def test_a_job_runs_and_its_tokens_are_its_text(write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    with worker_process(path) as worker:
-        async with AsyncProducer(settings) as producer:
-            await worker.ready(settings.store_url)
-            assert (await producer.ready()).ok
-            for prompt in [
-                "hello",
-                "zwölf Boxkämpfer",
-                "日本語 🏳️‍🌈",
-                "a\u2028b\u0085c",
-                "half \ud83d pair \ud83d\ude00",
-            ]:
-                job = await producer.submit(prompt, model="fast", metadata={"k": "v"})
-                events = await collect(producer, job.id)
-                check_whole(events)
-                stored = await job.result(PATIENCE_S)
-                assert stored.text == text_of(events)
-                assert (stored.state, stored.model, stored.backend) == ("succeeded", "fast", "echo")
-                assert stored.metadata == {"k": "v"}
-                assert stored.started_at is not None
-                assert stored.finished_at is not None
-                assert stored.created_at <= stored.started_at <= stored.finished_at
-                assert [a.outcome for a in stored.attempts] == ["succeeded"]
+SHARED = pytest.mark.xdist_group("worker")
+"""Of tests that leave the module's worker as it is."""
 
 
+@pytest.fixture(scope="module")
+def shared_worker(tmp_path_factory: pytest.TempPathFactory) -> Generator[Settings]:
+    """A worker with all of ``MODELS``, at a store of its own: it must not take the other tests' jobs."""
+    directory = tmp_path_factory.mktemp("worker")
+    path = directory / "promptmill.toml"
+    with running_store(directory, append_only=False) as server:
+        path.write_text(f'redis_url = "{server.url}"\n' + QUICK + MODELS)
+        with worker_process(path, "shared") as worker:
+            asyncio.run(worker.ready(server.url))
+            yield load_settings(path)
+        assert keys_without_ttl(server.url) == []
+
+
+@pytest.fixture
+async def running(shared_worker: Settings) -> AsyncGenerator[AsyncProducer]:
+    """A producer whose jobs the module's worker runs."""
+    async with AsyncProducer(shared_worker) as made:
+        yield made
+
+
+@SHARED
+async def test_a_job_runs_and_its_tokens_are_its_text(running: AsyncProducer) -> None:
+    assert (await running.ready()).ok
+    for prompt in [
+        "hello",
+        "zwölf Boxkämpfer",
+        "日本語 🏳️‍🌈",
+        "a\u2028b\u0085c",
+        "half \ud83d pair \ud83d\ude00",
+    ]:
+        job = await running.submit(prompt, model="fast", metadata={"k": "v"})
+        events = await collect(running, job.id)
+        check_whole(events)
+        stored = await job.result(PATIENCE_S)
+        assert stored.text == text_of(events)
+        assert (stored.state, stored.model, stored.backend) == ("succeeded", "fast", "echo")
+        assert stored.metadata == {"k": "v"}
+        assert stored.started_at is not None
+        assert stored.finished_at is not None
+        assert stored.created_at <= stored.started_at <= stored.finished_at
+        assert [a.outcome for a in stored.attempts] == ["succeeded"]
+
+
+@SHARED
 @pytest.mark.parametrize(
     ("model", "code"),
     [("hang", "timeout_first_token"), ("stall", "timeout_idle"), ("endless", "timeout_total"), ("broken", "cut")],
 )
-async def test_a_failed_attempt_ends_the_job_with_its_code_and_keeps_the_text(write_config, model, code) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    with worker_process(path) as worker:
-        async with AsyncProducer(settings) as producer:
-            await worker.ready(settings.store_url)
-            job = await producer.submit("one two three four", model=model)
-            with pytest.raises(JobFailed) as caught:
-                await job.result(PATIENCE_S)
-            assert caught.value.code == code
-            events = await collect(producer, job.id)
-            check_whole(events)
-            stored = await job.get()
-            assert (stored.text or "") == text_of(events)
-            assert [a.outcome for a in stored.attempts] == [code]
+async def test_a_failed_attempt_ends_the_job_with_its_code_and_keeps_the_text(
+    running: AsyncProducer, model, code
+) -> None:
+    job = await running.submit("one two three four", model=model)
+    with pytest.raises(JobFailed) as caught:
+        await job.result(PATIENCE_S)
+    assert caught.value.code == code
+    events = await collect(running, job.id)
+    check_whole(events)
+    stored = await job.get()
+    assert (stored.text or "") == text_of(events)
+    assert [a.outcome for a in stored.attempts] == [code]
 
 
-async def test_a_failure_of_the_moment_is_tried_again_before_the_first_token(write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    with worker_process(path) as worker:
-        async with AsyncProducer(settings) as producer:
-            await worker.ready(settings.store_url)
-            job = await producer.submit("x y", model="flaky")
-            stored = await job.result(PATIENCE_S)
-            assert [a.outcome for a in stored.attempts] == ["overloaded", "overloaded", "succeeded"]
-            events = await collect(producer, job.id)
-            assert phases(events) == ["queued", "started", "retrying", "retrying"]
-            assert not any(isinstance(e, Restart) for e in events)
+@SHARED
+async def test_a_failure_of_the_moment_is_tried_again_before_the_first_token(running: AsyncProducer) -> None:
+    job = await running.submit("x y", model="flaky")
+    stored = await job.result(PATIENCE_S)
+    assert [a.outcome for a in stored.attempts] == ["overloaded", "overloaded", "succeeded"]
+    events = await collect(running, job.id)
+    assert phases(events) == ["queued", "started", "retrying", "retrying"]
+    assert not any(isinstance(e, Restart) for e in events)
 
 
 async def test_an_unknown_model_fails_the_job_where_the_producer_could_not_know(write_config) -> None:
@@ -426,6 +445,7 @@ async def test_no_corpse_is_left_by_a_worker_that_ended_well(
 PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
 
+@SHARED
 @pytest.mark.parametrize(
     ("answer", "schema", "code", "says"),
     [
@@ -436,18 +456,14 @@ PERSON = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
     ],
 )
 async def test_a_structured_answer_is_checked_before_the_job_counts_as_succeeded(
-    write_config, answer, schema, code, says
+    running: AsyncProducer, answer, schema, code, says
 ) -> None:
-    path, settings = write_config(QUICK + MODELS)
-    with worker_process(path) as worker:
-        async with AsyncProducer(settings) as producer:
-            await worker.ready(settings.store_url)
-            wanted = {"type": "json_schema", "json_schema": schema}
-            job = await producer.submit(answer, model="fast", response_format=wanted)
-            if code is None:
-                assert (await job.result(PATIENCE_S)).text == answer
-                return
-            with pytest.raises(JobFailed) as failed:
-                await job.result(PATIENCE_S)
-            assert failed.value.code == code
-            assert says in failed.value.message
+    wanted = {"type": "json_schema", "json_schema": schema}
+    job = await running.submit(answer, model="fast", response_format=wanted)
+    if code is None:
+        assert (await job.result(PATIENCE_S)).text == answer
+        return
+    with pytest.raises(JobFailed) as failed:
+        await job.result(PATIENCE_S)
+    assert failed.value.code == code
+    assert says in failed.value.message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +29,7 @@ class Channel:
     def drain_events(self, timeout: float) -> None:
         assert timeout > 0
         if not self._answers:
-            raise socket.timeout
+            raise TimeoutError
         kind, tag, multiple = self._answers.pop(0)
         for told in self.events[kind]:
             told(tag, multiple)
