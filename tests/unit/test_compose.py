@@ -21,7 +21,7 @@ from redis.retry import Retry
 from promptmill.cli.app import app
 from promptmill.settings import Settings, load_settings
 from promptmill_relay.server import HARD_S
-from tests.support.store import free_port
+from tests.support.store import free_port, running_store
 from tests.support.up import ENDED_S, environment
 from tests.support.worker import worker_process
 
@@ -162,18 +162,20 @@ def test_the_gateway_check_tells_ready_from_not_ready(monkeypatch: pytest.Monkey
 
 
 async def test_the_worker_check_passes_while_its_worker_can_claim_and_only_then(
-    write_config: Callable[..., tuple[Path, Settings]],
+    tmp_path: Path, write_config: Callable[..., tuple[Path, Settings]]
 ) -> None:
-    config, settings = write_config("")
-    before = can_claim(config)
-    assert before.returncode == 1
-    assert "can claim: no heartbeat" in before.stderr
-    with worker_process(config) as worker:
-        await worker.ready(settings.store_url)
-        during = can_claim(config)
-        assert (during.returncode, during.stderr) == (0, "")
-    after = can_claim(config)
-    assert after.returncode == 1
+    # A store of its own: workers that other tests killed may still stand in the shared one.
+    with running_store(tmp_path, append_only=False) as server:
+        config, settings = write_config("", url=server.url)
+        before = can_claim(config)
+        assert before.returncode == 1
+        assert "can claim: no heartbeat" in before.stderr
+        with worker_process(config) as worker:
+            await worker.ready(settings.store_url)
+            during = can_claim(config)
+            assert (during.returncode, during.stderr) == (0, "")
+        after = can_claim(config)
+        assert after.returncode == 1
 
 
 def test_the_worker_check_says_in_one_line_that_redis_is_away(tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ def test_every_error_survives_pickling_and_has_a_known_code(error: PromptmillErr
 
 def test_the_public_names_are_these() -> None:
     assert sorted(promptmill.__all__) == [
-        "AsyncJob", "AsyncProducer", "BadRequest", "ConfigError", "IdempotencyConflict", "ImagePart", "Job",
-        "JobCancelled", "JobFailed", "JobHandle", "JobPage", "JobRequest", "Message", "NotFound", "Producer",
+        "AsyncJob", "AsyncProducer", "BadRequest", "BatchResult", "ConfigError", "IdempotencyConflict", "ImagePart",
+        "Job", "JobCancelled", "JobFailed", "JobHandle", "JobPage", "JobRequest", "Message", "NotFound", "Producer",
         "PromptmillError", "Readiness", "Settings", "StoreUnavailable", "TextPart", "Timeouts", "Usage",
         "WaitTimeout", "load_settings",
     ]  # fmt: skip

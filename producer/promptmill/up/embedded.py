@@ -16,7 +16,7 @@ from typing import Final
 from redis.exceptions import BusyLoadingError
 
 from promptmill.errors import MissingExtra, StoreUnavailable
-from promptmill.store.connection import check_server, open_redis
+from promptmill.store.connection import check_server, open_redis, store_errors
 from promptmill.up.datadir import DataDir
 
 START_LIMIT_S: Final = 15.0
@@ -146,6 +146,9 @@ class EmbeddedStore:
             while True:
                 try:
                     await check_server(redis, address)
+                    # INFO is answered while data is still being read back; this is not.
+                    with store_errors(address):
+                        await redis.ping()  # pyright: ignore[reportUnknownMemberType, reportGeneralTypeIssues]
                 except StoreUnavailable as err:
                     loading = isinstance(err.__cause__, BusyLoadingError)
                     if not err.retryable:
