@@ -518,7 +518,7 @@ async def test_when_the_provider_says_that_nothing_is_left_all_wait_until_there_
     await until(partial(refuses, second, to), "the other worker waits too")
     refused = await first.admit(to, "u", tokens=1)
     assert (refused.granted, refused.reason) == (False, "tokens")
-    assert 0 < refused.wait_s < 4.5
+    assert 0 < refused.wait_s < 6, "the time told, and some more that spreads the callers"
 
     async def admitted() -> bool:
         return (await second.admit(to, "u", tokens=1)).granted

@@ -32,7 +32,7 @@ from promptmill.errors import CODES, BackendError
 from promptmill.text import clean_text
 from promptmill_workers.backends.base import Backend, Call, Finished, Item, TextDelta, UsageUpdate
 
-PROMPT_S: Final = 2.0
+PROMPT_S: Final = 10.0
 """How soon a cancelled or closed call must have returned."""
 
 SCRIPTS: Final = (
@@ -73,7 +73,7 @@ class Scenario:
 def call(prompt: str = "hello", *, attempt: int = 1, job_id: str = "job", **fields: Any) -> Call:
     """A call with every timeout set; ``fields`` are the request's own."""
     request: JobRequest = parse_request({"prompt": prompt, **fields})
-    bounds = Timeouts(queue_s=60, connect_s=5, first_token_s=30, idle_s=30, total_s=60)
+    bounds = Timeouts(queue_s=60, connect_s=30, first_token_s=30, idle_s=30, total_s=60)
     return Call(job_id=job_id, attempt=attempt, request=request, timeouts=bounds)
 
 

@@ -29,6 +29,7 @@ STORE_NAME: Final = "redis"
 _READY_POLL_S: Final = 0.05
 _ANSWER_S: Final = 5.0
 _STORE_LOOK_S: Final = 5.0
+_HAND_BACK_S: Final = 22.0
 _GATEWAY_STOP_S: Final = 13.0
 """The gateway ends its streams and leaves within 12 s of a TERM; see promptmill_relay.server."""
 
@@ -166,8 +167,8 @@ class Stack:
                 command=(sys.executable, "-m", "promptmill_workers", "--name", name, "--family", family, *config),
                 env=child_environment(shared, lifeline_fd=supervisor.lifeline),
                 stop_order=1,
-                # The worker hands its jobs back when drain_s is over, and needs a moment for that.
-                stop_s=settings.drain_s + 5,
+                # The worker hands its jobs back when drain_s is over, and is gone 20 s later, whatever does not answer.
+                stop_s=settings.drain_s + _HAND_BACK_S,
             )
             for family in settings.served_families
             for name in _worker_names(family, settings.workers_of(family))
