@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +14,20 @@ from promptmill.store import Store
 from tests.support.batch_lines import all_results, line, made
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.simulator import SimulatorHandle, running_simulator
+from tests.support.store import running_store
 from tests.support.streams import check_whole, collect, text_of
 from tests.support.worker import QUICK, worker_process
 
 
 @pytest.fixture
-async def asker(write_config: Any) -> AsyncGenerator[tuple[AsyncProducer, SimulatorHandle]]:
-    """A producer with a worker, and the provider that it asks."""
-    with running_simulator() as simulator:
+async def asker(tmp_path: Path, write_config: Any) -> AsyncGenerator[tuple[AsyncProducer, SimulatorHandle]]:
+    """A producer with a worker, and the provider that it asks.
+
+    With a store of their own: what other tests left in the queues would be asked here too, and be counted.
+    """
+    with running_simulator() as simulator, running_store(tmp_path, append_only=False) as server:
         model = f'[models.sim]\ntype = "local_openai"\napi_url = "{simulator.url}/v1"\nmodel_name = "sim:tokens=7"\n'
-        path, settings = write_config(QUICK + model + model.replace("models.sim", "models.twin"))
+        path, settings = write_config(QUICK + model + model.replace("models.sim", "models.twin"), url=server.url)
         with worker_process(path):
             async with AsyncProducer(settings) as producer:
                 yield producer, simulator
@@ -41,14 +46,6 @@ async def kept(producer: AsyncProducer, count: int) -> None:
         return len([key async for key in store.redis.scan_iter("pm:cache:*")]) == count
 
     await wait_until(there, f"{count} answers are kept")
-
-
-@pytest.fixture(autouse=True)
-async def nothing_kept(redis_url: str) -> None:
-    store = await Store.connect(redis_url)
-    async for key in store.redis.scan_iter("pm:cache:*"):
-        await store.redis.delete(key)
-    await store.aclose()
 
 
 async def test_the_second_answer_comes_from_the_store_whole_and_for_nothing(asker) -> None:
