@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ ECHO: dict[str, Any] = {"prompt": "hello", "model": "echo"}
 TIED: dict[str, Any] = {**ECHO, "cancel_on_disconnect": True}
 GRACE_S = 3000
 LONG_S = 60.0
+
+
+@pytest.fixture
+def own_store(tmp_path: Path) -> Generator[str]:
+    """For who counts what a provider is asked: what other tests left in the shared queues would be asked too."""
+    with running_store(tmp_path, append_only=False) as server:
+        yield server.url
 
 
 @pytest.fixture
@@ -89,15 +96,15 @@ async def state_of(store: Store, job_id: str) -> str:
 
 
 async def test_a_reader_that_leaves_for_good_ends_the_job_and_the_providers_connection(
-    redis_url: str, tmp_path: Path
+    tmp_path: Path, own_store: str
 ) -> None:
     async with Simulator() as provider:
         config = tmp_path / "p.toml"
         model = 'type = "local_openai"\nmodel_name = "sim:tokens=100000,rate=20"\n'
-        config.write_text(f'redis_url = "{redis_url}"\n[models.slow]\n{model}api_url = "{provider.url}/v1"\n')
-        settings = Settings(redis_url=redis_url, disconnect_grace_s=0.5)
+        config.write_text(f'redis_url = "{own_store}"\n[models.slow]\n{model}api_url = "{provider.url}/v1"\n')
+        settings = Settings(redis_url=own_store, disconnect_grace_s=0.5)
         with worker_process(config) as worker:
-            await worker.ready(redis_url)
+            await worker.ready(own_store)
             async with running_gateway(settings) as front:
                 job_id, path = await submit(front, {**TIED, "model": "slow"})
                 async with reading(front, path, 5) as other:
