@@ -33,6 +33,8 @@ _LOOK_MAX: Final = 1.5
 """The time between two looks counts for no more than so many periods."""
 _RELEASE_CHUNK: Final = 50
 _SWEEP_MAX: Final = 500
+_EARLY_MAX: Final = 5000
+"""How many entries are looked at before they are due, after a death."""
 _ROUNDS_MAX: Final = 100
 _PAUSE_MIN_S: Final = 0.02
 _GRACE_MS: Final = 5_000
@@ -56,6 +58,7 @@ class Watcher:
         """Each worker's counter, and for how many seconds of our contact with Redis it has stood still."""
         self._looked_at = 0.0
         self._cut_off = False
+        self._early = False
 
     async def run(self) -> None:
         """Look every ``heartbeat_s``, and at the moment when a silent worker counts as dead; sweep beside it; for ever.
@@ -139,7 +142,9 @@ class Watcher:
                 # Only what was read: a worker that was merely frozen may be claiming again.
                 pipe.srem(keys.claims(worker), *job_ids)
             pipe.hdel(keys.WORKERS, worker)
-            await pipe.execute()
+            *_, removed = await pipe.execute()
+        # Messages that it had taken and not claimed died with it. One watcher is enough to look for them.
+        self._early = self._early or bool(removed)
         self._seen.pop(worker, None)
 
     async def release(
@@ -213,6 +218,8 @@ class Watcher:
     async def sweep(self) -> int:
         """Look at the outbox entries that are due, and book the usage that nobody booked.
 
+        After a worker's death also at those that are not due: a job's next look may be a minute away.
+
         Answers how many messages were sent again.
 
         One watcher at a time does it: the others would only send the same messages again.
@@ -232,11 +239,19 @@ class Watcher:
             sent += await self._look_at(due, now_ms)
             if len(due) < _SWEEP_MAX:
                 break
+        if self._early:
+            with store_errors(self._store.address):
+                early = await redis.zrangebyscore(
+                    keys.OUTBOX, f"({now_ms}", "+inf", start=0, num=_EARLY_MAX, withscores=True
+                )
+            for start in range(0, len(early), _SWEEP_MAX):
+                sent += await self._look_at(early[start : start + _SWEEP_MAX], now_ms)
+            self._early = False
         await sweep_unbooked(self._store, self.registry, self._ledger_retention_s)
         return sent
 
     async def _look_at(self, due: list[tuple[bytes, float]], now_ms: int) -> int:
-        """Decide on some entries: send again, look later, expire, or forget."""
+        """Decide on some entries, due or not: send again, look later, expire, or forget."""
         if not due:
             return 0
         records = await self._store.find_many(row[0].decode() for row in due)
@@ -247,7 +262,8 @@ class Watcher:
             job_id = raw.decode()
             if record is None:
                 # Its submit died between outbox and record, or is in between right now: look once more.
-                (done.append(job_id) if score else later.setdefault(job_id, now_ms + _FORGET_MS))
+                if score <= now_ms:
+                    (done.append(job_id) if score else later.setdefault(job_id, now_ms + _FORGET_MS))
             elif record.ended:
                 done.append(job_id)
             elif record.state != "queued":

@@ -167,11 +167,32 @@ async def test_a_worker_whose_event_loop_stands_still_swallows_no_message(
             await producer.submit("hello", model="s")
             await wait_until(mark.exists, "the first worker blocks")
             jobs = [await producer.submit(str(n), model="e") for n in range(20)]  # all of them come to it alone
-            await wait_until(lambda: "does not turn" in one.log.read_text(), "it gives messages back")
+            await wait_until(lambda: "no message is taken" in one.log.read_text(), "it leaves the queues")
             with worker_process(path, "two", env=env) as two:
                 await two.ready(settings.store_url)
                 assert [(await job.result(PATIENCE_S)).text for job in jobs] == [str(n) for n in range(20)]
             one.process.kill()
+            assert "sending the messages" not in two.log.read_text(), "one swallowed a message until the sweep found it"
+
+
+async def test_a_worker_whose_event_loop_turns_again_takes_messages_again(
+    write_config, tmp_path: Path, site: Path
+) -> None:
+    install_plugin(site, "swallower", BLOCKS_ONCE.replace("sleep(60)", "sleep(4)"))
+    mark = tmp_path / "mark"
+    path, settings = write_config(
+        f'[models.s]\ntype = "swallower"\noptions = {{ mark = "{mark}" }}\n[models.e]\ntype = "echo"\n'
+    )
+    async with AsyncProducer(settings) as producer:
+        with worker_process(path, "one", env={"PYTHONPATH": str(site)}) as one:
+            await one.ready(settings.store_url)
+            blocking = await producer.submit("hello", model="s")
+            await wait_until(mark.exists, "the worker blocks")
+            await wait_until(lambda: "no message is taken" in one.log.read_text(), "it takes no more")
+            late = await producer.submit("late", model="e")
+            assert (await late.result(PATIENCE_S)).text == "late"
+            assert (await blocking.result(PATIENCE_S)).text == "after the block"
+            await wait_until(lambda: "turns again" in one.log.read_text(), "it says so")
 
 
 async def test_an_expired_login_pauses_its_model_until_it_is_renewed_and_operators_hear_of_it(

@@ -32,6 +32,7 @@ from tests.support.plugin import install_plugin
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.simulator import Simulator
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
+from tests.support.sweeping import swept
 from tests.support.worker import QUICK, worker_process
 
 # -- submits that die half way --------------------------------------------------------------------------------------
@@ -75,12 +76,6 @@ async def test_a_submit_that_dies_before_its_record_leaves_nothing(store: Store,
         assert await store.redis.zscore(keys.OUTBOX, job_id) is None
     finally:
         await enqueuer.aclose()
-
-
-async def swept(watcher: Watcher, store: Store) -> None:
-    """One sweep, whoever swept a moment ago."""
-    await store.redis.delete(keys.SWEEP_LOCK)
-    await watcher.sweep()
 
 
 # -- workers that freeze, are cut off, run out of memory ------------------------------------------------------------

@@ -118,7 +118,7 @@ async def given_up(producer: AsyncProducer, job_id: str) -> Job:
     return await producer.get(job_id)
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("prompt", ["die", "stall"])
 async def test_a_job_that_ends_its_workers_is_poisoned_and_its_neighbours_are_not(deadly, prompt: str) -> None:
     path, settings, env = deadly
@@ -132,8 +132,7 @@ async def test_a_job_that_ends_its_workers_is_poisoned_and_its_neighbours_are_no
             poison = await producer.submit(prompt, model="deadly", user=prompt)
             job = await given_up(producer, poison.id)
             await asyncio.to_thread(mark.touch)
-            # The message of one may have died with a worker: the sweep sends it again, a minute later at the latest.
-            stored = [await j.result(200) for j in neighbours]
+            stored = [await j.result(90) for j in neighbours]
         finally:
             await fleet.aclose()
         assert job.error is not None

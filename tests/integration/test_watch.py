@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import orjson
 import pytest
 
 from promptmill import AsyncProducer, keys, watch
@@ -15,6 +16,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.watch import Watcher
 from tests.support.processes import wait_until
+from tests.support.sweeping import swept
 
 
 @pytest.fixture
@@ -125,13 +127,11 @@ async def test_a_running_jobs_outbox_entry_is_looked_at_again_and_an_ended_ones_
     job_id = await held_by(store, producer, "w")
     await store.ask([("PING",)])  # behind what the claim told
     await store.redis.zadd(keys.OUTBOX, {job_id: 0})
-    await store.redis.delete(keys.SWEEP_LOCK)
-    await watcher.sweep()
+    await swept(watcher, store)
     assert (await store.redis.zscore(keys.OUTBOX, job_id)) > 0
     await store.cancel(job_id, "over", "t")
     await store.redis.zadd(keys.OUTBOX, {job_id: 0})
-    await store.redis.delete(keys.SWEEP_LOCK)
-    await watcher.sweep()
+    await swept(watcher, store)
     assert await store.redis.zscore(keys.OUTBOX, job_id) is None
 
 
@@ -152,3 +152,35 @@ async def test_a_requeued_job_is_due_at_once_even_where_a_sweep_put_it_off_meanw
     await store.ask([("PING",)])  # behind what was told
     assert await store.redis.zscore(keys.OUTBOX, job_id) == 0
     await store.cancel(job_id, "over", "t")
+
+
+async def test_what_a_dead_worker_took_and_did_not_claim_is_sent_again_before_its_next_look(
+    store, producer, watcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await producer.submit("x", model="echo")
+    record = await store.find(job.id)
+    assert record is not None
+    long_ago = record.st | {"queued": record.st["queued"] - 60_000}
+    await store.redis.hset(keys.record(job.id), "st", orjson.dumps(long_ago))
+    await store.redis.hset(keys.CLAIMED, record.queue, record.st["queued"])  # younger ones were claimed
+    submitting = keys.new_job_id()
+    await store.redis.zadd(keys.OUTBOX, {job.id: 9e12, submitting: 9e12})
+    sent: list[str] = []
+
+    async def send(_: Enqueuer, messages: list[tuple[str, str]]) -> int:
+        sent.extend(job_id for job_id, _ in messages)
+        return len(messages)
+
+    monkeypatch.setattr(Enqueuer, "send", send)
+    await swept(watcher, store)
+    assert job.id not in sent, "its next look is far away"
+    worker = keys.new_token()
+    await beat(store, worker, 1, "ready", 0.05)
+    await watcher.settle(worker)
+    await swept(watcher, store)
+    assert sent.count(job.id) == 1
+    await swept(watcher, store)
+    assert sent.count(job.id) == 1, "a death has one early look"
+    assert await store.redis.zscore(keys.OUTBOX, submitting) == 9e12, "its record may be on the way"
+    await store.redis.zrem(keys.OUTBOX, submitting)
+    await store.cancel(job.id, "over", "t")

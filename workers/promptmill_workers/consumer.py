@@ -34,6 +34,8 @@ _JOIN_TIMEOUT_S: Final = 5.0
 _PREFETCH: Final = 1
 """How many messages of a queue RabbitMQ sends before the first is acknowledged."""
 _LOOK_AGAIN_S: Final = 1.0
+_TURNING_POLL_S: Final = 0.2
+"""How often it is looked whether the event loop turns."""
 _HELD_BACK_POLL_S: Final = 0.05
 """kombu asks Redis for the next message once a second, and asks for more queues only then."""
 _EXIT_FOREIGN_QUEUE: Final = 1
@@ -134,7 +136,9 @@ class Consumer:
         self._controller.capacity, self._controller.give_back = self._capacity, self._give_back
         pool = self._controller.pool
         pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
-        self._paused = self._following = False
+        self._paused = self._following = self._still = False
+        self._turning = engine.turning
+        self._turning.found = self._look_anew
         self._returned: list[Any] = []
         self._held_back = True
         """Whether a queue is not consumed; while none is, the end of a job needs no look at the queues."""
@@ -188,6 +192,15 @@ class Consumer:
         """It consumes what it consumed before the connection was lost; slots may have become free since."""
         self._returned.clear()  # the broker has given them to others by itself
         self._follow()
+        # Celery forgets its timers whenever the connection is lost.
+        self._controller.consumer.timer.call_repeatedly(_TURNING_POLL_S, self._follow_turning)
+
+    def _follow_turning(self) -> None:
+        """Consume nothing while the event loop stands still."""
+        if self._still != self._turning.stands_still:
+            self._still = not self._still
+            logger.warning("the event loop %s", "stands still: no message is taken" if self._still else "turns again")
+            self._follow()
 
     def _give_back(self, request: Any) -> None:
         state.task_ready(request)  # pyright: ignore[reportUnknownMemberType]
@@ -231,7 +244,8 @@ class Consumer:
         """Begin or cease to consume one queue; False where there is nothing to change."""
         self._held_back = True  # a slot that gets free while we look must have us look again
         queues: Any = self._app.amqp.queues
-        wanted = [] if self._paused else [name for name in self._queues if self._capacity.has_room(name)]
+        none = self._paused or self._turning.stands_still
+        wanted = [] if none else [name for name in self._queues if self._capacity.has_room(name)]
         if batch_waits and self._queues[1] in wanted:
             wanted.remove(self._queues[1])
         for position, name in enumerate(self._queues):

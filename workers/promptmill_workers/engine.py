@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 from concurrent.futures import CancelledError
 from typing import Any, Final, cast
 
@@ -32,14 +31,13 @@ from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
 from promptmill_workers.quarantine import Quarantine
 from promptmill_workers.runner import Runner
+from promptmill_workers.turning import Begin, Turning
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 _VERIFY_EVERY_BEATS: Final = 5
 _STOP_TIMEOUT_S: Final = 10.0
-_TAKEN_S: Final = 2.0
-"""How long the event loop may take to begin with a job."""
 
 
 def new_worker_id(name: str) -> str:
@@ -68,6 +66,7 @@ class Engine:
         self._tasks: list[asyncio.Task[Any]] = []
         self._count = 0
         self._pace = Pace()
+        self.turning = Turning()
         self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
         self._serving: dict[asyncio.Task[None], tuple[str, str] | None] = {}
@@ -116,6 +115,7 @@ class Engine:
             asyncio.create_task(engine.runner.traffic.run(), name="traffic"),
         ]
         if not alone:
+            engine.turning.start()
             engine._tasks.append(asyncio.create_task(engine.watcher.run(), name="watcher"))
             engine.feeding = Feeding(engine.store, settings, engine.worker_id, family, engine._serve, engine.enqueuer)
             engine._tasks += engine.feeding.start()
@@ -135,13 +135,11 @@ class Engine:
     def serve(self, job_id: str, queue: str) -> None:
         """Run a job to its end, from one of Celery's threads, which waits.
 
-        Where the event loop does not take the job, because a backend holds it up, the message goes back to the queue:
-        other workers are there, and this one may be about to be ended with all that it swallowed.
+        Where a backend holds the event loop up, the message goes back to the queue: see :mod:`.turning`.
         """
-        begun = threading.Event()
-        future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begun), self._loop)
-        if not begun.wait(_TAKEN_S):
-            future.cancel()
+        begin = Begin()
+        future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begin), self._loop)
+        if not self.turning.begins(begin):
             logger.warning("the event loop does not turn: the message of job %s goes back", job_id)
             self.enqueuer.send_from_thread([(job_id, queue)])
             return
@@ -150,9 +148,11 @@ class Engine:
         except CancelledError:
             logger.info("job %s was not begun here: the worker stops", job_id)
 
-    async def _serve(self, job_id: str, queue: str, begun: threading.Event | None = None) -> None:
-        if begun is not None:
-            begun.set()
+    async def _serve(self, job_id: str, queue: str, begin: Begin | None = None) -> None:
+        if begin is not None:
+            if not begin.decide():
+                return  # its message went back
+            begin.begun.set()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker
         self._serving[task] = (job_id, queue)
@@ -385,6 +385,7 @@ class Engine:
 
     async def aclose(self) -> None:
         """Stop beating and close everything. Jobs that still run are left to the watchers."""
+        self.turning.stop()
         if self.quarantine is not None:
             await self.quarantine.aclose()
         tasks = [*self._tasks, *self._using]
