@@ -36,6 +36,7 @@ from promptmill.store import Store
 
 CHUNK = 100
 LONG = "sim:tokens=10,rate=20,first=1.5"
+CURATOR = "bespokelabs-curator==0.1.31"
 SHORT = "sim:tokens=2,first=0.02"
 CONFIG = """
 redis_url = "{redis}"
@@ -222,6 +223,26 @@ def celery_nothing(on: Ground, lines: int, concurrency: int) -> Run:
         return clock.run(lines)
 
 
+def curator(on: Ground, model: str, lines: int, concurrency: int) -> Run | None:
+    """A public tool, in an environment that uv makes for it; None where that cannot be."""
+    script = Path(__file__).parent / "baseline" / "curator_batch.py"
+    command = ["uv", "run", "--isolated", "--no-project", "--with", CURATOR, "python", str(script)]
+    about = [f"{on.simulator}/v1", model, str(lines), str(concurrency)]
+    before = cpu_seconds(on.roots)
+    began = time.perf_counter()
+    done = subprocess.run([*command, *about], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"{CURATOR} did not run: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    told = orjson.loads(done.stdout.strip().splitlines()[-1])
+    if told["answers"] != lines:
+        raise RuntimeError(f"{CURATOR} gave {told['answers']} answers to {lines} lines")
+    print(f"{CURATOR}: {time.perf_counter() - began:.1f} s with its start", file=sys.stderr)
+    after = cpu_seconds(on.roots)
+    cpu = {role: after[role] - before[role] for role in on.roots} | {"client": told["cpu_s"]}
+    return Run(CURATOR, lines, told["wall_s"], cpu)
+
+
 # -- the measurements ----------------------------------------------------------------------------------------------
 
 
@@ -229,15 +250,18 @@ def compare(model: str, lines: int, concurrency: int, systems: Sequence[str], pr
     """Each system once, one after the other."""
     found: list[Run] = []
     with ground() as on, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        acts: dict[str, Callable[[], Run]] = {
+        acts: dict[str, Callable[[], Run | None]] = {
             "bare": lambda: runner.run(bare_loop(on, model, lines, concurrency)),
             "promptmill": lambda: runner.run(promptmill(on, model, lines, concurrency, profile)),
             "celery": lambda: celery_loop(on, model, lines, concurrency),
             "nothing": lambda: celery_nothing(on, lines, concurrency),
+            "curator": lambda: curator(on, model, lines, concurrency),
         }
         for name in systems:
-            found.append(acts[name]())
-            print(f"{found[-1].name}: {found[-1].wall_s:.2f} s", file=sys.stderr)
+            run = acts[name]()
+            if run is not None:
+                found.append(run)
+                print(f"{run.name}: {run.wall_s:.2f} s", file=sys.stderr)
     return found
 
 
@@ -332,14 +356,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("long", "short", "memory"))
     parser.add_argument("--lines", type=int, help="default: 10,000, in memory 100,000")
     parser.add_argument("--concurrency", type=int, default=500)
-    parser.add_argument("--systems", help="a comma-separated part of bare,promptmill,celery,nothing")
+    parser.add_argument("--systems", help="a comma-separated part of bare,promptmill,celery,nothing,curator")
     parser.add_argument("--profile", type=Path, help="write what the worker spends its time on into this directory")
     args = parser.parse_args(argv)
     print(machine())
     if args.what == "memory":
         return 0 if measure_memory(args.lines or 100_000, args.concurrency) else 1
     long = args.what == "long"
-    systems = (args.systems or ("bare,promptmill,celery" if long else "bare,promptmill,nothing,celery")).split(",")
+    systems = (args.systems or ("bare,promptmill,celery,curator" if long else "bare,promptmill,nothing,celery")).split(
+        ","
+    )
     runs = compare(LONG if long else SHORT, args.lines or 10_000, args.concurrency, systems, args.profile)
     return 0 if show(runs, 1.25 if long else None) else 1
 

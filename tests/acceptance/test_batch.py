@@ -232,7 +232,7 @@ class Stage:
         self.home, self.server, self.simulator, self._stack = home, server, simulator, stack
         self.config = home / "promptmill.toml"
         self.config.write_text(
-            f'redis_url = "{server.url}"\n{QUICK}concurrency = 20\n'
+            f'redis_url = "{server.url}"\n{QUICK}concurrency = 50\n'
             f'[models.sim]\ntype = "local_openai"\napi_url = "{simulator.url}/v1"\n'
             'model_name = "sim:tokens=4,rate=20"\n'
         )
@@ -257,7 +257,7 @@ def stage(tmp_path: Path) -> Generator[Stage]:
 
 @pytest.mark.timeout(300)
 def test_client_workers_and_store_are_killed_and_every_line_has_one_result(stage: Stage) -> None:
-    lines = prompts(1000)
+    lines = prompts(5000)
     source, results = write(stage.home / "p.jsonl", lines), stage.home / "r.jsonl"
     arguments = ("batch", "run", str(source), "-o", str(results), "-m", "sim")
 
@@ -270,30 +270,30 @@ def test_client_workers_and_store_are_killed_and_every_line_has_one_result(stage
 
     first, second = stage.worker(), stage.worker()
     with command(stage.home, *arguments) as client:
-        until(60, client)
+        until(300, client)
         client.kill()
     with command(stage.home, *arguments) as client:
-        until(160, client)
+        until(800, client)
         first.signal(signal.SIGKILL)
         stage.worker()
-        until(300, client)
+        until(1500, client)
         stage.server.kill()
         stage.server.start()
-        until(450, client)
+        until(2300, client)
         client.kill()
     with command(stage.home, *arguments) as client:
-        until(550, client)
+        until(2800, client)
         second.signal(signal.SIGKILL)
         _, err = client.communicate(timeout=200)
     assert client.returncode == 0, err
-    assert b"1,000 answers in" in err
+    assert b"5,000 answers in" in err
     found = read(results)
-    assert len(found) == 1000
+    assert len(found) == 5000
     assert {line["id"] for line in found} == {line["id"] for line in lines}
     often = stage.asked()
     assert set(often) == {line["prompt"] for line in lines}
     # Only what ran when its worker was killed was asked again: at most all slots of both.
-    assert sum(times - 1 for times in often.values()) <= 2 * 16
+    assert sum(times - 1 for times in often.values()) <= 2 * 40
 
 
 # -- batches without their files -----------------------------------------------------------------------------------

@@ -39,10 +39,11 @@ def test_the_demo_streams_a_real_models_answer_and_proves_what_it_says(tmp_path:
     assert process.returncode == 0, out + err
     assert err == ""
     assert "NO" not in re.findall(r": (yes|NO)\b", out)
-    assert len(re.findall(r": yes\b", out)) == 4
+    assert len(re.findall(r": yes\b", out)) == 6
     tokens = re.search(r"(\d+) token events, the first after", out)
     assert tokens
     assert int(tokens[1]) > 5
+    assert "20 answers to 20 lines" in out
     assert "promptmill run --model ollama" in out
     # Nothing is left: no data, no configuration.
     assert list((tmp_path / "tmp").iterdir()) == []

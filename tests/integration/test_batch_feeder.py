@@ -308,6 +308,19 @@ async def test_cancelling_a_batch_closes_the_providers_connections(config, simul
         await wait_until(closed, "no connection to the provider is open")
 
 
+async def test_a_batch_that_costs_more_than_it_may_is_cancelled_with_nobody_watching(config, stack) -> None:
+    path = config()
+    path.write_text(path.read_text() + "price = { input = 0, output = 1000 }\n")  # 0.001 a token
+    producer = await producer_of(stack, path)
+    with worker_process(path):
+        batch_id = await made(producer.batches, [line(i, model="fast") for i in range(5000)], max_cost_usd=0.05)
+        status = await ended(producer, batch_id)
+        assert status.state == "cancelled"
+        assert status.cost_usd > 0.05
+        assert status.succeeded + status.cancelled == 5000
+        assert status.succeeded < 5000
+
+
 async def test_lines_of_a_family_without_workers_hold_up_no_other_batch(config, stack) -> None:
     path = config(more="concurrency = 20\nbatch_window = 10\n")
     path.write_text(path.read_text() + "[models.other]\ntype = 'echo'\nfamily = 'elsewhere'\n")

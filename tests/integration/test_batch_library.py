@@ -13,6 +13,7 @@ import pytest
 
 from promptmill import AsyncProducer, BadRequest, BatchResult, JobRequest, Producer, PromptmillError
 from promptmill.batch import BatchStatus
+from promptmill.errors import Overloaded
 from promptmill.settings import Settings, load_settings
 from tests.support.processes import wait_until
 from tests.support.store import StoreServer, keys_without_ttl, running_store
@@ -24,6 +25,10 @@ type = "echo"
 [models.slow]
 type = "echo"
 options = { tokens_per_s = 20, repeat = 1000 }
+[models.dear]
+type = "echo"
+options = { tokens_per_s = 20 }
+price = { input = 0, output = 10000 }
 [models.broken]
 type = "echo"
 options = { fault = "cut", fault_after = 0 }
@@ -191,6 +196,17 @@ async def test_a_batch_that_somebody_cancels_ends_the_loop_with_an_error(produce
     with pytest.raises(PromptmillError) as caught:
         await anything_more(waiting, batch)
     assert caught.value.code == "cancelled"
+
+
+async def test_a_batch_that_costs_more_than_it_may_ends_the_loop_with_an_error(producer) -> None:
+    batch = producer.batch([f"say {i}" for i in range(500)], model="dear", max_cost_usd=0.03)
+    first = await anext(batch)
+    assert first.job is not None
+    assert first.job.text == f"say {first.index}"
+    waiting = asyncio.create_task(anext(batch))
+    with pytest.raises(Overloaded, match=r"over 0\.03") as caught:
+        await anything_more(waiting, batch)
+    assert caught.value.code == "budget_exceeded"
 
 
 async def anything_more(first: asyncio.Task[BatchResult], batch: AsyncGenerator[BatchResult]) -> None:

@@ -27,6 +27,7 @@ from promptmill.store import Store
 from promptmill.store.connection import store_errors
 from promptmill.usage.booking import run_all
 from promptmill.usage.budgets import check_budget
+from promptmill.usage.entries import NANO
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +213,12 @@ class Feeder:
                     await self._store.wire.call("ZREM", keys.BATCHES, known.batch_id)
             return False
         if view.feeds and time.time() * 1000 >= view.deadline_ms and await self._expired(known.batch_id):
+            return False
+        limit_usd = known.stored.head.max_cost_usd
+        if view.feeds and limit_usd is not None and view.cost_nano > limit_usd * NANO:
+            logger.info("batch %s cost more than %g dollars and is cancelled", known.batch_id, limit_usd)
+            await run(self._store, scripts.STOP, known.batch_id, "cancelled")
+            self._news.set()
             return False
         if view.state == "cancelling":
             if await self._steps.feed_again(known, view, push=False):

@@ -26,7 +26,7 @@ import orjson
 from promptmill import keys
 from promptmill.batch.models import BatchHead, BatchLine, BatchResult, BatchStatus
 from promptmill.contract import JobRequest, Limits, parse_request
-from promptmill.errors import BadRequest, PromptmillError, StoreUnavailable
+from promptmill.errors import BadRequest, Overloaded, PromptmillError, StoreUnavailable
 
 if TYPE_CHECKING:
     from promptmill.batch.client import BatchClient
@@ -67,7 +67,8 @@ async def run_batch(
     BadRequest
         An item is wrong; ``field`` says which (``items[17].max_tokens``). What came before it is cancelled.
     Overloaded
-        ``budget_exceeded``: the user's budget of the day is used up; nothing was stored.
+        ``budget_exceeded``: the user's budget of the day is used up, and nothing was stored; or the lines that ended
+        cost more than ``max_cost_usd``, and the others are cancelled.
     PromptmillError
         ``cancelled`` or ``expired``: somebody ended the batch, or it took longer than ``batch_expires_s``.
     """
@@ -75,14 +76,15 @@ async def run_batch(
         raise BadRequest("items is one value: give a list or a generator of prompts or requests", field="items")
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     name, ahead, dedupe = (given.pop(key, usual) for key, usual in (("name", None), ("ahead", 1000), ("dedupe", False)))
+    max_cost_usd = given.pop("max_cost_usd", None)
     batch_id = keys.new_job_id()
-    head = BatchHead(user=given.get("user", "default"), name=name, chunk_lines=CHUNK_LINES)
+    head = BatchHead(user=given.get("user", "default"), name=name, max_cost_usd=max_cost_usd, chunk_lines=CHUNK_LINES)
     await batches.create(batch_id, head)
     upload = _Upload(batches, batch_id, _Lines(limits, given, dedupe=dedupe), max(1, ahead))
     task = asyncio.create_task(upload.run(items), name="batch upload")
     whole = False
     try:
-        async with aclosing(_results(batches, batch_id, task)) as results:
+        async with aclosing(_results(batches, batch_id, task, max_cost_usd)) as results:
             async for result in results:
                 upload.read_one()
                 yield result
@@ -98,7 +100,9 @@ async def run_batch(
                 logger.warning("batch %s goes on, it could not be cancelled: %s", batch_id, err)
 
 
-async def _results(batches: BatchClient, batch_id: str, upload: asyncio.Task[int]) -> AsyncGenerator[BatchResult]:
+async def _results(
+    batches: BatchClient, batch_id: str, upload: asyncio.Task[int], max_cost_usd: float | None
+) -> AsyncGenerator[BatchResult]:
     """Each line's result once, until all are there. Raises what the upload raised."""
     offset, pause_s = 0, _POLL_MIN_S
     seen = bytearray()
@@ -119,6 +123,9 @@ async def _results(batches: BatchClient, batch_id: str, upload: asyncio.Task[int
                 # The wait ends with the upload, too: its failure is not to be noticed late.
                 await asyncio.wait({upload}, timeout=pause_s)
             pause_s = min(pause_s * 1.5, _POLL_MAX_S)
+        elif ended.state == "cancelled" and max_cost_usd is not None and ended.cost_usd > max_cost_usd:
+            message = f"batch {batch_id} cost ${ended.cost_usd:.4f}, over {max_cost_usd:g}, and was cancelled"
+            raise Overloaded(message, code="budget_exceeded", limit=max_cost_usd)
         elif ended.state != "completed":
             how = "was cancelled" if ended.state == "cancelled" else "expired"
             raise PromptmillError(f"batch {batch_id} {how}: {ended.succeeded} lines succeeded", code=ended.state)

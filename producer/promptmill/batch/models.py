@@ -25,7 +25,8 @@ class BatchHead(BaseModel):
 
     Line ``i`` is in chunk ``i // chunk_lines``; every chunk but the last is full. Clients choose a smaller
     ``chunk_lines`` where lines are large, so that no chunk becomes too big for one value of the store.
-    ``expires_s`` counts from creation; ``retention_s`` from the end; None leaves both to the settings.
+    ``expires_s`` counts from creation; ``retention_s`` from the end; None leaves both to the settings. Once its ended
+    lines have cost more than ``max_cost_usd``, the batch is cancelled, whoever watches.
     ``options`` are the client's own notes (format, model …); the server hands them back and reads nothing in them.
     """
 
@@ -35,6 +36,7 @@ class BatchHead(BaseModel):
     name: Name | None = None
     expires_s: float | None = Field(default=None, gt=0)
     retention_s: float | None = Field(default=None, gt=0)
+    max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     chunk_lines: int = Field(default=CHUNK_LINES, ge=1, le=CHUNK_LINES)
     retry_of: str | None = None
     """The batch whose failed lines these are."""

@@ -10,7 +10,7 @@ from promptmill.batch.store import StoredHead
 from promptmill.queues import API_FAMILY
 
 FIELDS: Final = (
-    *("state", "ending", "feeder", "deadline", "lines", "fed", "sent", "linked", "freed"),
+    *("state", "ending", "feeder", "deadline", "cost_nano", "lines", "fed", "sent", "linked", "freed"),
     *("succeeded", "failed", "cancelled", "expired"),
 )
 
@@ -24,6 +24,8 @@ class View:
     """What a batch in the state ``cancelling`` is to become."""
     feeder: str
     deadline_ms: int
+    cost_nano: int
+    """What the lines that ended have cost, in billionths of a dollar."""
     lines: int
     fed: int
     sent: int
@@ -37,9 +39,9 @@ class View:
         state, ending, feeder, *numbers = row
         if state is None:
             return None
-        deadline, lines, fed, sent, linked, freed, *counts = (int(number or 0) for number in numbers)
+        deadline, cost, lines, fed, sent, linked, freed, *counts = (int(number or 0) for number in numbers)
         state, ending, feeder = (word.decode() if word else "" for word in (state, ending, feeder))
-        return cls(state, ending, feeder, deadline, lines, fed, sent, linked, freed, sum(counts))
+        return cls(state, ending, feeder, deadline, cost, lines, fed, sent, linked, freed, sum(counts))
 
     @property
     def over(self) -> bool:

@@ -159,7 +159,12 @@ class BatchOptions:
         """The batch's head. Raises BadRequest."""
         notes: dict[str, JsonValue] = {"format": form, "input": self.input[-200:]}
         return BatchHead(
-            user=self.user, name=self.name, expires_s=self.expires_s, chunk_lines=chunk_lines, options=notes
+            user=self.user,
+            name=self.name,
+            expires_s=self.expires_s,
+            max_cost_usd=self.max_cost_usd,
+            chunk_lines=chunk_lines,
+            options=notes,
         )
 
 

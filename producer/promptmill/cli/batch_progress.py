@@ -231,6 +231,19 @@ class _Plain:
         return True
 
 
+class Silent(_Plain):
+    """Shows nothing."""
+
+    def checking(self, lines: int, done_bytes: int, all_bytes: int) -> None:
+        """Nothing."""
+
+    def show(self, view: View) -> None:
+        """Nothing."""
+
+    def tell(self, event: str, text: str, **data: Any) -> None:
+        """Nothing."""
+
+
 class _Json(_Plain):
     """Events as JSON, to standard output."""
 

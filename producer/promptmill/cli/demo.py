@@ -1,4 +1,4 @@
-"""``promptmill demo``: everything, on a real small model, in about ten seconds."""
+"""``promptmill demo``: everything, on a real small model, in less than half a minute."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from promptmill.up.tell import Teller
 
 from . import exits
 from .common import unless_asked
-from .output import note, out, printable
+from .demo_batch import batch_tour
+from .output import note, out, printable, yes
 
 PROMPT: Final = "Why is the sky blue? Answer in three short sentences."
 _MODEL_READY_S: Final = 60.0
 _READ_S: Final = 120.0
 
+_MODEL: Final = "smollm2"
 _CONFIG: Final = """\
-[models.smollm2]
+[models.{name}]
 type = "local_openai"
 api_url = "http://127.0.0.1:{port}/v1"
 model_name = "{model}"
@@ -75,7 +77,7 @@ def demo(
     *,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the parts say.")] = False,
 ) -> None:
-    """Show all of it: a real small model, a job over HTTP, its tokens as they come, then read late and resumed.
+    """Show all of it on a real small model: a job's tokens over HTTP, live, late and resumed, and a file of prompts.
 
     Needs no key, no server and no Docker. Everything stands in a temporary directory and is gone afterwards.
     """
@@ -104,7 +106,10 @@ async def _demo(prompt: str, *, verbose: bool) -> int:
                 ) as client:
                     await _wait_for_model(client, port)
                     out(f"   ready {stack.url} after {time.monotonic() - started:.1f} s\n")
-                    return await _tour(client, prompt)
+                    streamed = await _tour(client, prompt)
+                redis_url = stack.about().redis_url
+                here = settings.model_copy(update={"redis_url": redis_url, "broker_url": redis_url})
+                return await batch_tour(here, Path(directory), stop, _MODEL) and streamed
 
     with stop_on_signals() as stop:
         try:
@@ -125,7 +130,7 @@ async def _demo(prompt: str, *, verbose: bool) -> int:
 
 def _settings(directory: Path, model_port: int) -> Settings:
     config = directory / "promptmill.toml"
-    config.write_text(_CONFIG.format(port=model_port, model=MODEL_NAME))
+    config.write_text(_CONFIG.format(name=_MODEL, port=model_port, model=MODEL_NAME))
     settings = load_settings(config, host="127.0.0.1", port=0, workers=1, data_dir=directory / "data")
     # Whatever Redis this shell is set up for: the demo brings its own.
     return settings.model_copy(update={"redis_url": None, "broker_url": None})
@@ -157,7 +162,7 @@ async def _wait_for_model(client: httpx.AsyncClient, port: int) -> None:
 
 async def _tour(client: httpx.AsyncClient, prompt: str) -> bool:
     """The job, live; then again late, resumed and from its end. True where all of it agrees."""
-    request = {"model": "smollm2", "prompt": prompt, "max_tokens": 160}
+    request = {"model": _MODEL, "prompt": prompt, "max_tokens": 160}
     answer = await client.post("/v1/jobs", json=request)
     answer.raise_for_status()
     job: dict[str, Any] = answer.json()
@@ -169,7 +174,7 @@ async def _tour(client: httpx.AsyncClient, prompt: str) -> bool:
 
     late = await _read(client, job["stream_url"])
     late_same = [(e.id, e.data) for e in late] == [(e.id, e.data) for e in live]
-    out(f"3. the same job, read again late: {_count(late)} token events, the same ids and text: {_yes(late_same)}")
+    out(f"3. the same job, read again late: {_count(late)} token events, the same ids and text: {yes(late_same)}")
 
     middle = tokens[len(tokens) // 2 - 1] if len(tokens) > 1 else live[0]
     rest = await _read(client, job["stream_url"], after=middle.id)
@@ -178,17 +183,17 @@ async def _tour(client: httpx.AsyncClient, prompt: str) -> bool:
     out(
         f"4. resumed in the middle, Last-Event-ID: {middle.id}: {_count(rest)} token events, "
         f"{_count(first_half)} + {_count(rest)} = {len(tokens)} and the same text: "
-        f"{_yes(resumed_same and _count(first_half) + _count(rest) == len(tokens))}"
+        f"{yes(resumed_same and _count(first_half) + _count(rest) == len(tokens))}"
     )
     ended = await client.get(job["stream_url"], headers={"Last-Event-ID": live[-1].id})
-    out(f"   resumed at the end: {ended.status_code}, nothing is left to read: {_yes(ended.status_code == 204)}")
+    out(f"   resumed at the end: {ended.status_code}, nothing is left to read: {yes(ended.status_code == 204)}")
 
     stored: dict[str, Any] = (await client.get(f"/v1/jobs/{job['id']}")).json()
     stored_same = stored["state"] == "succeeded" and stored["text"] == text
     usage: dict[str, Any] = stored.get("usage") or {}
     out(
         f"5. stored: {stored['state']}, {usage.get('input_tokens')} tokens in, {usage.get('output_tokens')} out, "
-        f"text equal to the tokens joined: {_yes(stored_same)}\n"
+        f"text equal to the tokens joined: {yes(stored_same)}\n"
     )
     return bool(tokens) and late_same and resumed_same and ended.status_code == 204 and stored_same
 
@@ -246,7 +251,3 @@ def _text(events: list[SentEvent]) -> str:
 
 def _count(events: list[SentEvent]) -> int:
     return sum(event.type == "token" for event in events)
-
-
-def _yes(held: bool) -> str:
-    return "yes" if held else "NO"

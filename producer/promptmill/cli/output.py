@@ -28,6 +28,11 @@ def note(text: str) -> None:
     sys.stderr.flush()
 
 
+def yes(held: bool) -> str:
+    """Whether something that was checked is so."""
+    return "yes" if held else "NO"
+
+
 def out_json(data: Any) -> None:
     """One JSON value on one line of standard output."""
     out(json.dumps(data, ensure_ascii=False, separators=(",", ":")))

@@ -38,6 +38,8 @@ class BatchOptions(RequestOptions, total=False):
     """How many items are taken from the source before the result of the first one is read; 1,000."""
     dedupe: bool
     """Run equal requests once; their results are the same."""
+    max_cost_usd: float
+    """Cancel the batch once the lines that ended have cost more."""
 
 
 def build_request(
