@@ -27,11 +27,12 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.core.errors import InvalidSchema
 from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi import checks
-from tests.support.store import free_port, running_store
+from tests.support.store import running_store
 
 import promptmill.keys
 from promptmill import Producer
 from promptmill.settings import Settings, child_environment
+from promptmill.up.embedded import free_port
 
 CHECKS: Final = [
     not_a_server_error,

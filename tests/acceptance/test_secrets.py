@@ -28,11 +28,11 @@ import psutil
 import pytest
 import redis
 
+from promptmill.up.embedded import free_port
 from promptmill_workers.programs.environment import jobs_root
 from tests.support.processes import PATIENCE_S, block_until, wait_gone
 from tests.support.programs import installed, real_program, script
 from tests.support.simulator import SimulatorHandle, running_simulator
-from tests.support.store import free_port
 from tests.support.up import Up, environment
 from tests.support.worker import worker_process
 

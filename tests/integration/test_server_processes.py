@@ -13,8 +13,9 @@ import pytest
 
 from promptmill.client import AsyncProducer
 from promptmill.settings import Settings
+from promptmill.up.embedded import free_port
 from tests.support.processes import PATIENCE_S
-from tests.support.store import StoreServer, free_port
+from tests.support.store import StoreServer
 from tests.support.web import raw, request
 
 SERVERS = ("promptmill_relay", "promptmill_gateway")

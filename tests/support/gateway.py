@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import httpx
 
 from promptmill.settings import Settings
+from promptmill.up.embedded import free_port
 from promptmill_gateway.app import open_gateway
 from promptmill_relay.app import open_relay
 from promptmill_relay.server import OpenService, Service
-from tests.support.store import free_port
 from tests.support.web import serving
 
 STARTED_S = 60.0

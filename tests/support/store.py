@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import pytest
 import redis
 
-from promptmill.up.embedded import find_store_program
+from promptmill.up.embedded import find_store_program, free_port
 
 CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
 """Keys of Celery's broker, which have no time to live; everything else is ours and has one."""
-
-
-_PORTS: Final = range(15_000, 32_000)
-"""Below those that the kernel gives to outgoing connections: one of these cannot take a port between two uses of it."""
-
-
-def free_port() -> int:
-    """A port that was free a moment ago, and that no outgoing connection takes while its server restarts."""
-    for port in random.SystemRandom().sample(_PORTS, 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError(f"none of a hundred ports from {_PORTS.start} on is free")
 
 
 def _binary() -> str:

@@ -20,8 +20,9 @@ from redis.retry import Retry
 
 from promptmill.cli.app import app
 from promptmill.settings import Settings, load_settings
+from promptmill.up.embedded import free_port
 from promptmill_relay.server import HARD_S
-from tests.support.store import free_port, running_store
+from tests.support.store import running_store
 from tests.support.up import ENDED_S, environment
 from tests.support.worker import worker_process
 

@@ -138,7 +138,7 @@ class Consumer:
         pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
         self._paused = self._following = self._still = False
         self._turning = engine.turning
-        self._turning.found = self._look_anew
+        self._turning.found = lambda: self._controller.consumer.call_soon(self._follow_turning)
         self._returned: list[Any] = []
         self._held_back = True
         """Whether a queue is not consumed; while none is, the end of a job needs no look at the queues."""
@@ -196,7 +196,7 @@ class Consumer:
         self._controller.consumer.timer.call_repeatedly(_TURNING_POLL_S, self._follow_turning)
 
     def _follow_turning(self) -> None:
-        """Consume nothing while the event loop stands still."""
+        """Consume nothing while the event loop stands still. Only here is it decided, or its end would be missed."""
         if self._still != self._turning.stands_still:
             self._still = not self._still
             logger.warning("the event loop %s", "stands still: no message is taken" if self._still else "turns again")
@@ -244,7 +244,7 @@ class Consumer:
         """Begin or cease to consume one queue; False where there is nothing to change."""
         self._held_back = True  # a slot that gets free while we look must have us look again
         queues: Any = self._app.amqp.queues
-        none = self._paused or self._turning.stands_still
+        none = self._paused or self._still
         wanted = [] if none else [name for name in self._queues if self._capacity.has_room(name)]
         if batch_waits and self._queues[1] in wanted:
             wanted.remove(self._queues[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import platform
+import random
 import secrets
 import shutil
 import socket
@@ -23,6 +24,8 @@ START_LIMIT_S: Final = 15.0
 LOAD_LIMIT_S: Final = 600.0
 """Reading a large log back takes its time; the server answers LOADING meanwhile."""
 _POLL_S: Final = 0.02
+_PORTS: Final = range(15_000, 32_000)
+_TRIED_PORTS: Final = 100
 _LOG_KEPT_BYTES: Final = 1024 * 1024
 _SYSTEMS: Final = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
@@ -198,7 +201,13 @@ def _is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that was free a moment ago; somebody else may still be quicker."""
+    """A port of 127.0.0.1 that was free a moment ago; somebody else may still be quicker.
+
+    Below those that the kernel gives to outgoing connections, one of which could take it while its server restarts.
+    """
+    for port in random.SystemRandom().sample(_PORTS, _TRIED_PORTS):
+        if _is_free(port):
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
