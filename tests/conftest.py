@@ -47,9 +47,13 @@ def store_server(tmp_path_factory: pytest.TempPathFactory) -> Generator[StoreSer
 
 @pytest.fixture
 def redis_url(store_server: StoreServer) -> Generator[str]:
-    """The run's Valkey; after the test every key of ours must have a time to live."""
-    yield store_server.url
-    assert keys_without_ttl(store_server.url) == []
+    """A database of the run's Valkey, empty: no worker of this test finds jobs that another test left.
+
+    After the test every key of ours must have a time to live.
+    """
+    url = store_server.empty_database()
+    yield url
+    assert keys_without_ttl(url) == []
 
 
 @pytest.fixture
@@ -69,14 +73,14 @@ async def store(redis_url: str) -> AsyncGenerator[Store]:
 
 @pytest.fixture
 async def producer(settings: Settings) -> AsyncGenerator[AsyncProducer]:
-    """A producer on the run's Valkey."""
+    """A producer on the test's database."""
     async with AsyncProducer(settings) as made:
         yield made
 
 
 @pytest.fixture
 def write_config(tmp_path: Path, redis_url: str):
-    """Write a promptmill.toml that names the run's Valkey; answers its path and the settings read from it."""
+    """Write a promptmill.toml that names the test's database; answers its path and the settings read from it."""
 
     def write(text: str, name: str = "promptmill.toml", url: str = redis_url) -> tuple[Path, Settings]:
         path = tmp_path / name

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from promptmill import keys
@@ -174,36 +176,38 @@ class Watcher:
         if dead_worker is not None:
             await list_dead(self._store, job_ids)
 
-        async def requeue(job_id: str) -> bool:
-            renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
-            with store_errors(self._store.address):
-                await self._store.ask([("ZADD", keys.OUTBOX, "NX", 0, job_id), renew])
-            outcome = await self._store.requeue(
-                job_id,
-                dead_worker=dead_worker,
-                claim=(claims or {}).get(job_id),
-                max_crashes=MAX_CRASHES,
-                poisoned=poisoned,
-                queue=queue,
-                reason=reason,
-                phase=phase,
-                tries=tries,
-                chain=chain,
-                wait_ms=None if wait_s is None else int(wait_s * 1000),
-            )
-            # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
-            self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
-            logger.info("job %s of worker %s: %s", job_id, dead_worker or "(ours)", outcome)
-            return outcome == "queued"
-
+        requeue = partial(
+            self._store.requeue,
+            dead_worker=dead_worker,
+            max_crashes=MAX_CRASHES,
+            poisoned=poisoned,
+            queue=queue,
+            reason=reason,
+            phase=phase,
+            tries=tries,
+            chain=chain,
+            wait_ms=None if wait_s is None else int(wait_s * 1000),
+        )
         for start in range(0, len(job_ids), _RELEASE_CHUNK):
             chunk = job_ids[start : start + _RELEASE_CHUNK]
-            queued = await asyncio.gather(*(requeue(job_id) for job_id in chunk))
+            acts = [(job_id, partial(requeue, job_id, claim=(claims or {}).get(job_id))) for job_id in chunk]
+            queued = await asyncio.gather(*(self._put_back(*act, dead_worker or "(ours)") for act in acts))
             released += [job_id for job_id, done in zip(chunk, queued, strict=True) if done]
             # What a dead worker held without running it waited there for a quarantine process: its message died too.
             mine = chunk if dead_worker is not None else [i for i, done in zip(chunk, queued, strict=True) if done]
             await self._send_again(mine, wait_s)
         return released
+
+    async def _put_back(self, job_id: str, requeue: Callable[[], Awaitable[str]], worker: str) -> bool:
+        """Requeue one job between two notes in the outbox; True where it was queued by this."""
+        renew: Command = ("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))
+        with store_errors(self._store.address):
+            await self._store.ask([("ZADD", keys.OUTBOX, "NX", 0, job_id), renew])
+        outcome = await requeue()
+        # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
+        self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
+        logger.info("job %s of worker %s: %s", job_id, worker, outcome)
+        return outcome == "queued"
 
     async def _send_again(self, job_ids: list[str], wait_s: float | None) -> None:
         """The messages of those jobs that wait in the queue."""

@@ -238,9 +238,11 @@ ANSWERS: dict[Act, Any] = {
 
 
 @pytest.mark.parametrize("act", list(BEFORE))
-async def test_an_act_whose_reply_was_lost_is_done_once_and_answered_as_if_it_had_come(life: Life, act: Act) -> None:
+async def test_an_act_whose_reply_was_lost_is_done_once_and_answered_as_if_it_had_come(
+    life: Life, redis_url: str, act: Act
+) -> None:
     await lead_up_to(life, act)
-    async with cutting_proxy(f"redis://{life.store.address}/0") as proxy, AsyncExitStack() as stack:
+    async with cutting_proxy(redis_url) as proxy, AsyncExitStack() as stack:
         store = await Store.connect(proxy.url)
         stack.push_async_callback(store.aclose)
         await store.load_scripts()

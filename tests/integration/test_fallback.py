@@ -91,7 +91,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, store_server: StoreServer) -
 
 
 @pytest.fixture
-async def producer(fleet: Settings, redis_url: str) -> AsyncGenerator[AsyncProducer]:
+async def producer(fleet: Settings) -> AsyncGenerator[AsyncProducer]:
     async with AsyncProducer(fleet) as made:
         yield made
 

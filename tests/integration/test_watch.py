@@ -163,6 +163,7 @@ async def test_what_a_dead_worker_took_and_did_not_claim_is_sent_again_before_it
     long_ago = record.st | {"queued": record.st["queued"] - 60_000}
     await store.redis.hset(keys.record(job.id), "st", orjson.dumps(long_ago))
     await store.redis.hset(keys.CLAIMED, record.queue, record.st["queued"])  # younger ones were claimed
+    await store.redis.expire(keys.CLAIMED, 60)
     submitting = keys.new_job_id()
     await store.redis.zadd(keys.OUTBOX, {job.id: 9e12, submitting: 9e12})
     sent: list[str] = []

@@ -18,7 +18,7 @@ from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.simulator import Plan, Simulator
-from tests.support.store import StoreServer, keys_without_ttl, running_store
+from tests.support.store import keys_without_ttl, running_store
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
 from tests.support.worker import QUICK, worker_process
 
@@ -433,12 +433,10 @@ async def workers_are(producer: AsyncProducer, count: int) -> bool:
     return (await producer.ready()).workers == count
 
 
-async def test_no_corpse_is_left_by_a_worker_that_ended_well(
-    write_config, store: Store, store_server: StoreServer
-) -> None:
-    path, _ = write_config(QUICK + MODELS)
+async def test_no_corpse_is_left_by_a_worker_that_ended_well(write_config, store: Store) -> None:
+    path, settings = write_config(QUICK + MODELS)
     with worker_process(path) as worker:
-        worker_id = await worker.ready(store_server.url)
+        worker_id = await worker.ready(settings.store_url)
     assert not await store.redis.hexists(keys.WORKERS, worker_id)
 
 

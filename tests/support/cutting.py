@@ -18,8 +18,9 @@ class CuttingProxy:
     is open again); ``cut`` resets connections and every new one; ``deaf`` passes requests on and drops the replies.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, path: str = "/0") -> None:
         self._target = port
+        self._path = path
         self._server: asyncio.Server | None = None
         self._mode: Mode = "open"
         self._open = asyncio.Event()
@@ -32,7 +33,7 @@ class CuttingProxy:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://127.0.0.1:{self.port}{self._path}"
 
     @property
     def connections(self) -> int:
@@ -121,9 +122,9 @@ class CuttingProxy:
 @asynccontextmanager
 async def cutting_proxy(url: str) -> AsyncGenerator[CuttingProxy]:
     """A proxy in front of the server of a ``redis://`` address on this machine; it ends with the block."""
-    port = urlsplit(url).port
-    assert port is not None
-    proxy = CuttingProxy(port)
+    where = urlsplit(url)
+    assert where.port is not None
+    proxy = CuttingProxy(where.port, where.path)
     await proxy.start()
     try:
         yield proxy

@@ -19,6 +19,9 @@ CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
 """Keys of Celery's broker, which have no time to live; everything else is ours and has one."""
 
 
+_LAST_DATABASE = 15
+
+
 def _binary() -> str:
     program = find_store_program()
     assert program is not None, "no Valkey or Redis server is installed"
@@ -45,7 +48,16 @@ class StoreServer:
         self._directory = directory
         self._append_only = append_only
         self._program = program or _binary()
+        self._databases = 0
         self.process: subprocess.Popen[bytes] | None = None
+
+    def empty_database(self) -> str:
+        """The address of one of its databases but the first, each in its turn, emptied."""
+        self._databases = self._databases % _LAST_DATABASE + 1
+        url = f"{self.url[:-1]}{self._databases}"
+        with redis.Redis.from_url(url) as client:
+            client.flushdb()
+        return url
 
     def start(self, *options: str) -> None:
         """Start it, with further ``options``, and wait until it answers."""
