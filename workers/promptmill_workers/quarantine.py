@@ -1,15 +1,16 @@
 """Quarantine: a job that lost its worker twice runs alone, so that the next crash shows whose fault it is.
 
-Its process is a worker without a consumer (:mod:`promptmill_workers.quarantined`): it claims, beats and is watched as
-any other. It is told over a pipe which job to run, and says over another when it is through with it; one runs a job at
-a time, and several after each other while none of them kills it.
+Its process is a worker without a consumer: it claims, beats and is watched as any other, runs that one job, and ends.
+It is forked by a process that has all the code loaded and does nothing else
+(:mod:`promptmill_workers.quarantined`), which is told over a pipe which jobs to run, and says over another how each
+ended.
 
 Who wins the race:
 
 ==============================================  ====================================================================
 the process dies, its worker lives and sees it  the job ends as ``poisoned``, at once
-the process dies together with its worker       nobody saw whose fault it was: watchers give the job back to the queue,
-                                                and it runs alone again, up to the bound on crashes
+the process dies together with its worker,      nobody saw whose fault it was: watchers give the job back to the queue,
+or with the process that forked it              and it runs alone again, up to the bound on crashes
 the worker stops                                the process hands its job back, then ends
 the worker freezes                              the process goes on, under its own heartbeat
 ==============================================  ====================================================================
@@ -18,51 +19,62 @@ the worker freezes                              the process goes on, under its o
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Final, Self
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Self
 
 from promptmill.settings import Settings, child_environment
 
 logger = logging.getLogger(__name__)
 
+READY: Final = "ready"
+RUN: Final = "run"
 STOP: Final = "stop"
+KILL: Final = "kill"
 EXIT_BROKEN: Final = 7
 """The process ended because a part of it did, which no job is to blame for."""
 
-_PROCESSES: Final = 4
-"""Each takes about 80 MB. Where a whole worker was killed twice, all of its jobs come here."""
+_PROCESSES: Final = 16
+"""Where a whole worker was killed twice, all of its jobs come here."""
 _IDLE_S: Final = 30.0
 _STOP_S: Final = 5.0
 
 
-class Died(Exception):
-    """The process ended while a job was in it; ``status`` as :class:`subprocess.Popen` tells it."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"signal {-status}" if status < 0 else f"exit status {status}")
-        self.status = status
-
-
 class NotStarted(Exception):
-    """The process ended before it could run anything."""
+    """Nothing was run, for which no job is to blame."""
 
 
-class _Process:
-    """One process; runs one job at a time."""
+class _Gone(Exception):
+    """The process that forks ended, and all that it forked with it."""
+
+
+class _Run:
+    """One forked process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.worker_id = ""
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        """How it ended: its exit status, ``-9`` for a signal; :class:`_Gone` where nobody was left to see it."""
+
+
+class _Nursery:
+    """The process that forks. It is started for the first job, and ended some time after the last one."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self.worker_id = ""
-        self.retiring: asyncio.TimerHandle | None = None
+        self._numbers = itertools.count(1)
+        self._runs: dict[int, _Run] = {}
+        self._listening: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(cls, settings: Settings, name: str, family: str) -> Self:
         """Raises NotStarted."""
         config = ("--config", str(settings.config_file)) if settings.config_file else ()
         shared = {"redis_url": settings.redis_url, "broker_url": settings.broker_url, "log_level": settings.log_level}
-        made = await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "promptmill_workers.quarantined", "--name", name, "--family", family, *config),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -70,47 +82,70 @@ class _Process:
             # What is sent to the worker's group is the worker's to act on.
             start_new_session=True,
         )
-        process = cls(made)
+        nursery = cls(process)
+        assert process.stdout is not None  # noqa: S101 - for the type checker
         try:
-            process.worker_id = await process._line()
-        except Died as err:
-            raise NotStarted(str(err)) from err
+            said = await process.stdout.readline()
         except BaseException:
-            await process.stop()
+            await nursery.stop()
             raise
-        return process
+        if said.decode().strip() != READY:
+            raise NotStarted(f"exit status {await process.wait()}")
+        nursery._listening = asyncio.create_task(nursery._listen(process.stdout), name="quarantine")
+        return nursery
 
     @property
     def alive(self) -> bool:
         """False once it ended."""
         return self._process.returncode is None
 
-    async def run(self, job_id: str) -> None:
-        """Have it run a job to its end. Raises Died."""
-        assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        self._process.stdin.write(f"{job_id}\n".encode())
-        await self._line()
+    @property
+    def busy(self) -> bool:
+        """Whether anything that it forked still runs."""
+        return bool(self._runs)
 
-    async def _line(self) -> str:
-        assert self._process.stdout is not None  # noqa: S101 - for the type checker
-        line = await self._process.stdout.readline()
-        if not line.endswith(b"\n"):
-            raise Died(await self._process.wait())
-        return line.decode().strip()
+    def run(self, job_id: str) -> _Run:
+        """Fork a process for a job."""
+        run = _Run(next(self._numbers))
+        self._runs[run.number] = run
+        self._say(f"{RUN} {run.number} {job_id}")
+        return run
+
+    async def hand_back(self, run: _Run) -> None:
+        """Have a process give its job back and end; kill it where that takes too long."""
+        self._say(f"{STOP} {run.number}")
+        ended, _ = await asyncio.wait({run.status}, timeout=_STOP_S)
+        if not ended:
+            logger.warning("the quarantine process %s does not end: killed", run.worker_id)
+            self._say(f"{KILL} {run.number}")
+            await asyncio.wait({run.status})
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin is not None  # noqa: S101 - for the type checker
+        self._process.stdin.write(f"{line}\n".encode())
+
+    async def _listen(self, stdout: asyncio.StreamReader) -> None:
+        while (line := await stdout.readline()).endswith(b"\n"):
+            word, number, what = line.decode().split()
+            run = self._runs[int(number)]
+            if word == "runs":
+                run.worker_id = what
+            else:
+                del self._runs[run.number]
+                run.status.set_result(int(what))
+        status = await self._process.wait()
+        for run in self._runs.values():
+            run.status.set_exception(_Gone(f"exit status {status}"))
+            run.status.exception()  # whoever waited may have been cancelled
+        self._runs.clear()
 
     async def stop(self) -> None:
-        """Let it hand its job back and end; kill it where that takes too long."""
-        if self.retiring is not None:
-            self.retiring.cancel()
+        """End it; what it forked dies with it."""
         assert self._process.stdin is not None  # noqa: S101 - for the type checker
-        self._process.stdin.write(f"{STOP}\n".encode())
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await self._process.wait()
-        except TimeoutError:
-            logger.warning("the quarantine process %s does not end: killed", self.worker_id)
-            self._process.kill()
-            await self._process.wait()
+        self._process.stdin.close()
+        await self._process.wait()
+        if self._listening is not None:
+            await self._listening
 
 
 class Quarantine:
@@ -125,7 +160,9 @@ class Quarantine:
         self._family = family
         self._convict = convict
         self._places = asyncio.Semaphore(_PROCESSES)
-        self._idle: list[_Process] = []
+        self._starting = asyncio.Lock()
+        self._nursery: _Nursery | None = None
+        self._retiring: asyncio.TimerHandle | None = None
         self._ending: set[asyncio.Task[None]] = set()
 
     async def run(self, job_id: str) -> None:
@@ -133,54 +170,69 @@ class Quarantine:
         process hands the job back."""
         async with self._places:
             try:
-                process = await self._free()
+                nursery = await self._ready()
             except NotStarted as err:
                 # The job stays in the queue, and the sweep sends its message again.
                 logger.error("no quarantine process for job %s: %s", job_id, err)  # noqa: TRY400 - it says all there is
                 return
-            logger.info("job %s runs alone in %s", job_id, process.worker_id)
+            run = nursery.run(job_id)
             try:
-                await process.run(job_id)
-            except Died as err:
-                await self._died(process, job_id, err)
-            except BaseException:
-                await asyncio.shield(self._end(process))
+                status = await asyncio.shield(run.status)
+            except _Gone as err:
+                logger.warning("job %s is left to the watchers, all quarantine processes ended: %s", job_id, err)
+            except asyncio.CancelledError:
+                await asyncio.shield(self._keep(nursery.hand_back(run)))
                 raise
             else:
-                process.retiring = asyncio.get_running_loop().call_later(_IDLE_S, self._retire, process)
-                self._idle.append(process)
+                await self._judge(run, job_id, status)
+            finally:
+                self._rest(nursery)
 
-    async def _free(self) -> _Process:
-        """One that waits for a job, or a new one. Raises NotStarted."""
-        while self._idle:
-            process = self._idle.pop()
-            if process.retiring is not None:
-                process.retiring.cancel()
-            if process.alive:
-                return process
-        return await _Process.start(self._settings, self._name, self._family)
+    async def _ready(self) -> _Nursery:
+        """The process that forks. Raises NotStarted."""
+        async with self._starting:
+            if self._retiring is not None:
+                self._retiring.cancel()
+            if self._nursery is None or not self._nursery.alive:
+                self._nursery = await _Nursery.start(self._settings, self._name, self._family)
+            return self._nursery
 
-    async def _died(self, process: _Process, job_id: str, err: Died) -> None:
-        if err.status == EXIT_BROKEN:
-            logger.error("quarantine process %s broke: job %s is left to the watchers", process.worker_id, job_id)
-            return
-        logger.error("quarantine process %s died of job %s: %s", process.worker_id, job_id, err)
-        await self._convict(process.worker_id)
+    async def _judge(self, run: _Run, job_id: str, status: int) -> None:
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        if status == 0:
+            logger.info("job %s ran alone in %s", job_id, run.worker_id)
+        elif not run.worker_id:
+            logger.error("no quarantine process for job %s: %s", job_id, how)
+        elif status == EXIT_BROKEN:
+            logger.error("quarantine process %s broke: job %s is left to the watchers", run.worker_id, job_id)
+        else:
+            logger.error("quarantine process %s died of job %s: %s", run.worker_id, job_id, how)
+            await self._convict(run.worker_id)
 
-    def _retire(self, process: _Process) -> None:
-        if process in self._idle:
-            self._idle.remove(process)
-            self._end(process)
+    def _rest(self, nursery: _Nursery) -> None:
+        """Let it end after a while without a job."""
+        if nursery is self._nursery and not nursery.busy:
+            if self._retiring is not None:
+                self._retiring.cancel()
+            self._retiring = asyncio.get_running_loop().call_later(_IDLE_S, self._retire, nursery)
 
-    def _end(self, process: _Process) -> asyncio.Task[None]:
-        task = asyncio.create_task(process.stop(), name="quarantine")
+    def _retire(self, nursery: _Nursery) -> None:
+        if nursery is self._nursery and not nursery.busy and not self._starting.locked():
+            self._nursery = None
+            self._keep(nursery.stop())
+
+    def _keep(self, act: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(act, name="quarantine")
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         return task
 
     async def aclose(self) -> None:
-        """End every process. Jobs that still run in one are handed back."""
-        while self._idle:
-            self._retire(self._idle[0])
-        if self._ending:
+        """End every process. Jobs that still run in one were handed back before."""
+        if self._retiring is not None:
+            self._retiring.cancel()
+        while self._ending:
             await asyncio.wait(set(self._ending))
+        if self._nursery is not None:
+            await self._nursery.stop()
+            self._nursery = None
