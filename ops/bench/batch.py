@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -205,9 +205,12 @@ def celery_loop(on: Ground, model: str, lines: int, concurrency: int) -> Run:
 
         clock = Clock("the obvious Celery loop", roots)
         waiting = [line.delay(model, f"say {index}") for index in range(lines)]
+        failed = 0
         for result in waiting:
-            result.get(timeout=600)
-        return clock.run(lines)
+            result.get(timeout=600, propagate=False)
+            failed += result.failed()
+        run = clock.run(lines)
+    return replace(run, name=f"{run.name}, {failed} lines failed") if failed else run
 
 
 def celery_nothing(on: Ground, lines: int, concurrency: int) -> Run:

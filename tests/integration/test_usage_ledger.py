@@ -291,10 +291,10 @@ async def test_a_dead_workers_attempt_is_estimated_from_the_text_that_readers_go
 
 async def test_a_dead_workers_attempt_counts_for_the_model_that_it_said_it_would_ask(store, claim, user) -> None:
     job_id, token = await claim()
-    tell_asking(store, job_id, "a-claim-that-does-not-hold", {"model": "echo"})
+    await tell_asking(store, job_id, "a-claim-that-does-not-hold", {"model": "echo"})
     asked = {"attempt": 3, "model": "paid", "backend": "echo", "slot": "backup_1", "bytes_per_token": 8.0}
     asked["text_before"] = 80
-    tell_asking(store, job_id, token, asked)
+    await tell_asking(store, job_id, token, asked)
     epoch = (await store.find(job_id)).st["epoch"]
     await store.run(scripts.APPEND, job_id, token, epoch, 2, Token(text="y" * 400).to_json())
     await store.requeue(job_id, dead_worker="w", max_crashes=1)
@@ -309,16 +309,40 @@ async def test_a_dead_workers_attempt_counts_for_the_model_that_it_said_it_would
 
 async def test_a_worker_that_died_between_two_attempts_lost_none(store, claim, user, day) -> None:
     job_id, token = await claim()
-    tell_asking(store, job_id, token, {"attempt": 1, "model": "paid", "backend": "echo"})
+    await tell_asking(store, job_id, token, {"attempt": 1, "model": "paid", "backend": "echo"})
     await keep_try(store, job_id, a_try(token, day, 1, outcome="cut"))
     await store.requeue(job_id, dead_worker="w", max_crashes=1)
     assert await book(store, REGISTRY, RETENTION_S, [job_id]) == 1
     assert list(await entries(store, day)) == [f"{job_id}:{token[:8]}:1"]
 
 
+async def test_an_attempt_that_began_while_the_store_was_away_is_not_taken_for_the_one_before_it(
+    store, claim, user, day, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, token = await claim()
+    first = {"attempt": 1, "model": "paid", "backend": "echo"}
+    await tell_asking(store, job_id, token, first)
+    await keep_try(store, job_id, a_try(token, day, 1, outcome="cut"))
+    booker = Booker(store, lambda: REGISTRY, RETENTION_S)
+    with monkeypatch.context() as away:
+
+        async def refuse(*_: object, **__: object) -> list[object]:
+            raise StoreUnavailable("loading")
+
+        away.setattr(store, "ask", refuse)
+        await booker.asking(job_id, token, {**first, "attempt": 2, "model": "echo"})
+    await booker.aclose()
+    await tell_asking(store, job_id, token, first)  # a late repeat
+    await store.requeue(job_id, dead_worker="w", max_crashes=1)
+    await book(store, REGISTRY, RETENTION_S, [job_id])
+    assert list(await entries(store, day)) == [f"{job_id}:{token[:8]}:1"]
+    lost = (await entries(store, datetime.now(UTC).date().isoformat()))[f"{job_id}:{token[:8]}:lost"]
+    assert lost["model"] == "echo"
+
+
 async def test_a_hint_for_a_job_that_is_gone_makes_no_record(store) -> None:
     job_id = keys.new_job_id()
-    tell_asking(store, job_id, "token", {"model": "paid"})
+    await tell_asking(store, job_id, "token", {"model": "paid"})
     await store.wire.call("PING")
     assert not await store.redis.exists(keys.record(job_id))
 

@@ -26,7 +26,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.store.tries import CLAIM_CHARS
 from promptmill.traffic import Admission, Traffic
-from promptmill.usage import Booker, keep_try, price, settled_usage, tell_asking
+from promptmill.usage import Booker, keep_try, price, settled_usage
 from promptmill.usage.estimates import BYTES_PER_TOKEN
 from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
@@ -209,9 +209,9 @@ class Course:
             if isinstance(admission, BackendError):
                 return Ended(admission, Progressing(), route)
             into, started = Progressing(), datetime.now(UTC)
-            self.current = Current(self.number, route, started, into)
             facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
-            tell_asking(self.store, self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
+            await self.booker.asking(self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
+            self.current = Current(self.number, route, started, into)
             error = await self._reported(admission, route, into)
             self.told_bytes += len(into.text.encode())
             tried += 1

@@ -20,7 +20,7 @@ from .batch_run import BatchRun
 from .output import out, printable, yes
 
 COUNTRIES: Final = (
-    *("Italy", "Japan", "Kenya", "Peru", "Norway", "Egypt", "Cuba", "Greece", "Nepal", "Chad"),
+    *("Japan", "Kenya", "Peru", "Norway", "Egypt", "Cuba", "Greece", "Nepal", "Chad", "Italy"),
     *("Chile", "India", "Spain", "Ghana", "Iran", "Oman", "Laos", "Qatar", "Fiji", "Malta"),
 )
 _MAX_TOKENS: Final = 8

@@ -142,15 +142,17 @@ async def run_all(
             return (await store.ask([("SCRIPT", "LOAD", script.source), *commands]))[1:]
 
 
-def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str, Any]) -> None:
-    """Say what an attempt that begins is, in case nobody is left to tell. Waits for nothing: a hint.
+async def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str, Any]) -> None:
+    """Say what an attempt that begins is, in case nobody is left to tell. Repeatable; said late, it changes nothing.
 
     ``facts``: ``attempt``, ``model``, ``backend``, where known ``slot``, and ``text_before``: how many bytes of text
-    the claim's earlier attempts told, which are theirs.
+    the claim's earlier attempts told, which are theirs. Raises StoreUnavailable: said after the store was away, or an
+    attempt whose worker died would be taken for the one before it.
     """
     facts = {"bytes_per_token": SIZES.of(facts["model"]), **facts}
     told = orjson.dumps({name: value for name, value in facts.items() if value is not None})
-    store.wire.tell([("EVAL", ASKING, 1, keys.record(job_id), claim, _asked_field(claim), told)])
+    with store_errors(store.address):
+        await store.ask([("EVAL", ASKING, 1, keys.record(job_id), claim, _asked_field(claim), told)])
 
 
 def _asked_field(claim: str) -> str:
