@@ -11,6 +11,7 @@ from typing import Final
 from ops.bench.stats import percentile
 from ops.chaos.facts import Event, Facts, JobFacts, View
 from ops.chaos.figures import pickups, started
+from ops.chaos.plan import CUTS
 
 from promptmill.contract import END_TYPES
 
@@ -215,6 +216,20 @@ def processes(facts: Facts) -> Found:
             yield "", f"{row['part']} was told to stop and ended with code {row['code']}"
 
 
+def deaths(facts: Facts) -> Found:
+    """A job loses only workers that were killed: nobody is given up because the store was away.
+
+    Where workers were frozen or cut off, too, nobody can say whose death was wrong.
+    """
+    kinds = {fault["fault"] for fault in facts.faults}
+    if kinds & {"freeze", *CUTS}:
+        return
+    killed = Counter(job_id for fault in facts.faults if fault["fault"] == "kill" for job_id, _ in fault["held"])
+    for job in facts.jobs.values():
+        if job.crashes > killed[job.job_id]:
+            yield job.job_id, f"it lost {job.crashes} workers, and {killed[job.job_id]} that held it were killed"
+
+
 def pickup(facts: Facts) -> Found:
     """The jobs of a killed worker run again soon; past an outage of the store, soon after that."""
     bound, all_pickups = facts.pickup_p99_max_s, list(pickups(facts))
@@ -236,6 +251,7 @@ CHECKS: Final[tuple[Callable[[Facts], Found], ...]] = (
     requests,
     remains,
     processes,
+    deaths,
     pickup,
 )
 

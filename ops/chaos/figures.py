@@ -107,6 +107,7 @@ def figures(facts: Facts, wall_s: float) -> dict[str, Any]:
         "freezes": kinds.count("freeze"),
         "store restarts": kinds.count("store_restart"),
         "store kills": kinds.count("store_kill"),
+        "store outages": kinds.count("store_outage"),
         "broker kills": kinds.count("broker_kill"),
         "relay restarts and kills": kinds.count("relay_restart") + kinds.count("relay_kill"),
         "gateway restarts and kills": kinds.count("gateway_restart") + kinds.count("gateway_kill"),

@@ -28,6 +28,9 @@ class Options:
     """Workers stopped for longer than ``dead_after_s``, then continued."""
     store_restarts: int = 0
     store_kills: int = 0
+    store_outages: int = 0
+    """The store is killed, and stays away."""
+    store_outage_s: float = 30.0
     broker_kills: int = 0
     """With ``--broker amqp`` only: on Redis the store is the broker."""
     relay_restarts: int = 0
@@ -71,6 +74,12 @@ PRESETS: Final = {
         store_restarts=2,
         relay_restarts=1,
         pickup_p99_max_s=12,
+    ),
+    "outage": Options(
+        seconds=90,
+        jobs=600,
+        workers=4,
+        store_outages=1,
     ),
     "storm": Options(
         seconds=180,

@@ -133,6 +133,10 @@ def draw_faults(options: Options) -> list[Fault]:
     faults += some(options.freezes, "freeze", (dead + 1, dead + 3))
     faults += some(options.store_restarts, "store_restart", (0, 1))
     faults += some(options.store_kills, "store_kill", (0, 1))
+    # Not at the end: jobs are to be submitted after it, too.
+    last_s = max(begin, end - options.store_outage_s)
+    for _ in range(options.store_outages):
+        faults.append(Fault(chance.uniform(begin, last_s), "store_outage", 0, options.store_outage_s))
     faults += some(options.broker_kills, "broker_kill", (0, 3))
     for part in ("relay", "gateway"):
         faults += some(getattr(options, f"{part}_restarts"), f"{part}_restart")

@@ -185,6 +185,31 @@ async def test_one_whose_whole_worker_is_killed_is_not_convicted(deadly) -> None
             await fleet.aclose()
 
 
+async def test_one_whose_forking_process_is_killed_is_not_convicted(deadly) -> None:
+    path, settings, env = deadly
+    mark = Path(settings.models["deadly"].options["mark"])
+    async with AsyncProducer(settings) as producer:
+        fleet = Fleet(path, env, 1)
+        try:
+            job = await producer.submit("wait", model="deadly")
+            for attempt in (1, 2):
+                await wait_until(lambda n=attempt: attempt_is(producer, job.id, n), f"attempt {attempt}", timeout_s=60)
+                fleet.workers[0].signal(signal.SIGKILL)
+            await wait_until(lambda: in_quarantine(producer, job.id), "it runs alone", timeout_s=60)
+            worker = psutil.Process(fleet.workers[0].pid)
+            (forking,) = worker.children()
+            own = {forking.pid, *(child.pid for child in forking.children())}
+            assert len(own) == 2, "one that forks, and one that it forked"
+            forking.kill()
+            wait_gone(own)
+            await wait_until(lambda: attempt_is(producer, job.id, 4), "it runs alone once more", timeout_s=60)
+            await asyncio.to_thread(mark.touch)
+            assert (await job.result(60)).text == "begun and done"
+            assert worker.is_running(), "nothing of it was the worker's fault"
+        finally:
+            await fleet.aclose()
+
+
 async def attempt_is(producer: AsyncProducer, job_id: str, number: int) -> bool:
     job = await producer.get(job_id)
     return job.state == "running" and job.attempt == number

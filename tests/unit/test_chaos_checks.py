@@ -107,6 +107,7 @@ BREAKS: dict[str, tuple[str, str, Callable[[Facts], object]]] = {
     "the provider was asked more often": ("requests", "a", lambda f: f.provider.requests.update({"chaos-0": 3})),
     "a key without a time to live": ("remains", "", lambda f: f.remains.keys_without_ttl.append("pm:x")),
     "a job waits for ever": ("remains", "", lambda f: f.remains.waiting.update(outbox=1)),
+    "a worker was given up that nobody killed": ("deaths", "a", lambda f: setattr(f.jobs["a"], "crashes", 2)),
     "a process is left": ("remains", "", lambda f: f.remains.processes.append("7 sleep")),
     "a socket is left": ("remains", "", lambda f: f.remains.sockets.append("relay")),
     "a file is left": ("remains", "", lambda f: f.remains.files.append("x")),
@@ -215,6 +216,7 @@ def test_a_job_in_quarantine_has_a_figure_of_its_own() -> None:
 def test_a_job_that_was_cancelled_before_it_ran_again_has_no_pickup() -> None:
     facts = good()
     facts.faults = [{"fault": "kill", "target": "w0", "killed_ms": 250, "held": [["b", 210]]}]
+    facts.jobs["a"].crashes, facts.jobs["b"].crashes = 0, 1
     assert [(p.requeued_s, p.started_s) for p in pickups(facts)] == [(None, None)]
     assert check(facts) == []
 

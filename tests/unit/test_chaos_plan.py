@@ -41,9 +41,13 @@ def test_a_plan_has_what_was_asked_for(preset: str) -> None:
     assert kinds["freeze"] == options.freezes
     assert kinds["store_restart"] == options.store_restarts
     assert kinds["store_kill"] == options.store_kills
+    assert kinds["store_outage"] == options.store_outages
     assert kinds["relay_restart"] == options.relay_restarts
     assert sum(kinds[how] for how in CUTS) == options.cuts
-    assert kinds["kill"] >= 0.8 * 0.9 * options.seconds / options.kill_every_s
+    if options.kill_every_s:
+        assert kinds["kill"] >= 0.8 * 0.9 * options.seconds / options.kill_every_s
+    else:
+        assert kinds["kill"] == 0
 
 
 def test_frozen_workers_stay_so_for_longer_than_it_takes_to_give_them_up() -> None:

@@ -139,7 +139,12 @@ class _Nursery:
     def _obey(self, word: str, number: str, job_id: str = "") -> None:
         pid = self._pids.get(number)
         if word == RUN:
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as err:
+                logger.error("no process can be forked: %s", err.strerror)  # noqa: TRY400 - it says all there is
+                self._tell(f"ended {number} {_EXIT_FAILED}")
+                return
             if pid == 0:
                 self._become(number, job_id)
             self._pids[number] = pid
