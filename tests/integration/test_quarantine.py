@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from promptmill import AsyncProducer, JobFailed
+from promptmill import AsyncJob, AsyncProducer, JobFailed
 from promptmill.client.dead import dead_request
 from promptmill.contract import Job
 from promptmill.errors import BadRequest, NotFound
@@ -169,11 +169,7 @@ async def test_one_whose_whole_worker_is_killed_is_not_convicted(deadly) -> None
     async with AsyncProducer(settings) as producer:
         fleet = Fleet(path, env, 1)
         try:
-            job = await producer.submit("wait", model="deadly")
-            for attempt in (1, 2):
-                await wait_until(lambda n=attempt: attempt_is(producer, job.id, n), f"attempt {attempt}", timeout_s=60)
-                fleet.workers[0].signal(signal.SIGKILL)
-            await wait_until(lambda: in_quarantine(producer, job.id), "it runs alone", timeout_s=60)
+            job = await a_job_in_quarantine(producer, fleet)
             worker = psutil.Process(fleet.workers[0].pid)
             own = {child.pid for child in worker.children(recursive=True)}
             worker.kill()
@@ -191,11 +187,7 @@ async def test_one_whose_forking_process_is_killed_is_not_convicted(deadly) -> N
     async with AsyncProducer(settings) as producer:
         fleet = Fleet(path, env, 1)
         try:
-            job = await producer.submit("wait", model="deadly")
-            for attempt in (1, 2):
-                await wait_until(lambda n=attempt: attempt_is(producer, job.id, n), f"attempt {attempt}", timeout_s=60)
-                fleet.workers[0].signal(signal.SIGKILL)
-            await wait_until(lambda: in_quarantine(producer, job.id), "it runs alone", timeout_s=60)
+            job = await a_job_in_quarantine(producer, fleet)
             worker = psutil.Process(fleet.workers[0].pid)
             (forking,) = worker.children()
             own = {forking.pid, *(child.pid for child in forking.children())}
@@ -210,6 +202,16 @@ async def test_one_whose_forking_process_is_killed_is_not_convicted(deadly) -> N
             await fleet.aclose()
 
 
+async def a_job_in_quarantine(producer: AsyncProducer, fleet: Fleet) -> AsyncJob:
+    """One that waits for the mark, and that lost its worker twice."""
+    job = await producer.submit("wait", model="deadly")
+    for attempt in (1, 2):
+        await wait_until(lambda n=attempt: attempt_is(producer, job.id, n), f"attempt {attempt}", timeout_s=60)
+        fleet.workers[0].signal(signal.SIGKILL)
+    await wait_until(lambda: in_quarantine(producer, job.id), "it runs alone", timeout_s=60)
+    return job
+
+
 async def attempt_is(producer: AsyncProducer, job_id: str, number: int) -> bool:
     job = await producer.get(job_id)
     return job.state == "running" and job.attempt == number
@@ -221,11 +223,7 @@ async def test_a_worker_that_stops_hands_its_quarantined_job_back(deadly) -> Non
     async with AsyncProducer(settings) as producer:
         fleet = Fleet(path, env, 1)
         try:
-            job = await producer.submit("wait", model="deadly")
-            for attempt in (1, 2):
-                await wait_until(lambda n=attempt: attempt_is(producer, job.id, n), f"attempt {attempt}", timeout_s=60)
-                fleet.workers[0].signal(signal.SIGKILL)
-            await wait_until(lambda: in_quarantine(producer, job.id), "it runs alone", timeout_s=60)
+            job = await a_job_in_quarantine(producer, fleet)
             first = fleet.workers[0]
             first.signal(signal.SIGTERM)
             await asyncio.sleep(0.5)  # two signals within 0.2 s are one wish
