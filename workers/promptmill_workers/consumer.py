@@ -137,6 +137,7 @@ class Consumer:
         pool = self._controller.pool
         pool.capacity, pool.follow, pool.follow_soon = self._capacity, self._follow, self._follow_soon
         self._paused = self._following = self._still = False
+        self._looking: Any = None
         self._turning = engine.turning
         self._turning.found = lambda: self._controller.consumer.call_soon(self._follow_turning)
         self._returned: list[Any] = []
@@ -192,8 +193,11 @@ class Consumer:
         """It consumes what it consumed before the connection was lost; slots may have become free since."""
         self._returned.clear()  # the broker has given them to others by itself
         self._follow()
-        # Celery forgets its timers whenever the connection is lost.
-        self._controller.consumer.timer.call_repeatedly(_TURNING_POLL_S, self._follow_turning)
+        # The timer outlives a connection, or not, as Celery has it: never two of them.
+        if self._looking is not None:
+            self._looking.cancel()
+        timer = self._controller.consumer.timer
+        self._looking = timer.call_repeatedly(_TURNING_POLL_S, self._follow_turning)
 
     def _follow_turning(self) -> None:
         """Consume nothing while the event loop stands still. Only here is it decided, or its end would be missed."""
