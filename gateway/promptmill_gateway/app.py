@@ -11,16 +11,19 @@ from fastapi import FastAPI
 
 from promptmill.client import AsyncProducer
 from promptmill.enqueue import Enqueuer
+from promptmill.metrics import follow_store, watcher_rows
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.watch import Watcher
 from promptmill_gateway.disconnect import Disconnects
 from promptmill_gateway.failures import add_failures
+from promptmill_gateway.meters import Measured
 from promptmill_gateway.openapi import describe
 from promptmill_gateway.routes import HealthRoutes, JobRoutes
 from promptmill_gateway.usage_routes import UsageRoutes
 from promptmill_relay.auth import Access
 from promptmill_relay.door import Door
+from promptmill_relay.meters import stream_rows
 from promptmill_relay.problem import ASGIApp, Receive, Scope, Send
 from promptmill_relay.server import Service
 from promptmill_relay.stream import StreamEndpoint, stream_job
@@ -30,7 +33,7 @@ class GatewayApp:
     """Streams go straight to the relay's endpoint: FastAPI's layers would cost something for every token."""
 
     def __init__(self, api: ASGIApp, streams: StreamEndpoint) -> None:
-        self._api = api
+        self._api = Measured(api)
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,30 +74,41 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
         Redis cannot be reached, refuses us, or is too old.
     """
     store = await Store.connect(settings.store_url)
+    follow_store(store)
     try:
         access = Access.of(settings, store)
         async with AsyncProducer(settings, store=store) as producer:
             hub = await producer.hub()
             await hub.start()
-            async with _watching(store, settings) as watcher, _minding(store, settings) as (disconnects, minder):
+            async with (
+                _watching(store, settings) as (watcher, watching),
+                _minding(store, settings) as (disconnects, minder),
+            ):
                 streams = StreamEndpoint(settings, hub, access, disconnects.left)
                 app = build_gateway(settings, producer, access, streams)
-                yield Service(app, streams, (watcher, minder), settings.max_connections)
+                yield Service(
+                    app,
+                    streams,
+                    (watching, minder),
+                    settings.max_connections,
+                    lambda: (*stream_rows(streams, hub), *watcher_rows(watcher)),
+                )
     finally:
         await store.aclose()
 
 
 @asynccontextmanager
-async def _watching(store: Store, settings: Settings) -> AsyncGenerator[asyncio.Task[None]]:
+async def _watching(store: Store, settings: Settings) -> AsyncGenerator[tuple[Watcher, asyncio.Task[None]]]:
     """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
     enqueuer = Enqueuer(settings.queue_url)
-    watcher = asyncio.create_task(Watcher(store, settings, enqueuer).run(), name="watcher")
+    watcher = Watcher(store, settings, enqueuer)
+    watching = asyncio.create_task(watcher.run(), name="watcher")
     try:
-        yield watcher
+        yield watcher, watching
     finally:
-        watcher.cancel()
+        watching.cancel()
         # Waits without raising: what made it fail is raised by who serves.
-        await asyncio.wait([watcher])
+        await asyncio.wait([watching])
         await enqueuer.aclose()
 
 

@@ -29,6 +29,7 @@ from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
 from promptmill_relay import sse
 from promptmill_relay.auth import Access
+from promptmill_relay.meters import note_stream
 from promptmill_relay.problem import NO_SNIFFING, Headers, Receive, Scope, Send, respond, send_problem
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ class StreamEndpoint:
         self._readers_of: Counter[str] = Counter()
         self._greeting = sse.retry(settings.retry_ms)
         self._streams: set[_Stream] = set()
+        self.sent_events = 0
+        """Since the start."""
         self._stopping = False
 
     @property
@@ -154,6 +157,7 @@ class StreamEndpoint:
                 await send_problem(send, error, status=405, headers=[allow])
             return
         if len(self._streams) >= self._max_readers:
+            note_stream("refused")
             error = Overloaded("too many readers here", limit=self._max_readers, retry_after_s=_RETRY_WHEN_FULL_S)
             await send_problem(send, error, status=503)
             return
@@ -170,14 +174,17 @@ class StreamEndpoint:
         except StoreUnavailable as err:
             # EventSource gives up for good on any other status, but after the end of a 200 it comes back.
             logger.warning("a reader is sent away to come again: %s", err)
+            note_stream("come_again")
             await self._come_again(send, "the store cannot be reached")
             return
         except PromptmillError as err:
+            note_stream("refused")
             await send_problem(send, err)
             return
         left = False
         try:
             if reader.finished:
+                note_stream("empty")
                 await respond(send, 204, [(b"cache-control", b"no-store")])
             elif scope["method"] == "HEAD":
                 await respond(send, 200, _HEADERS)
@@ -185,6 +192,7 @@ class StreamEndpoint:
                 with self._counted(reader.user or user):
                     left = await self._pass_on(stream, user, reader, receive, send)
         except Overloaded as err:
+            note_stream("refused")
             await send_problem(send, err)
         finally:
             await reader.aclose()
@@ -230,7 +238,7 @@ class StreamEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         await send({"type": _BODY, "body": self._greeting, "more_body": True})
         watch = asyncio.create_task(stream.end_when_gone(receive))
-        farewell = b""
+        farewell, outcome = b"", ""
         checked = user is None or reader.user == user
         try:
             async with stream.scope():
@@ -239,13 +247,17 @@ class StreamEndpoint:
                 async for frames in reader if checked else _own(reader, user):
                     over = bool(frames) and frames[-1][1] in END_TYPES
                     await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": not over})
+                    self.sent_events += len(frames)
                     if over:
+                        outcome = "ended"
                         return False
         except PromptmillError as err:
             logger.warning("a stream ends early: %s", err)
+            outcome = "interrupted"
             farewell = sse.comment("interrupted: reconnect")
         finally:
             watch.cancel()
+            note_stream(outcome or ("stopped" if self._stopping else "left"))
         if stream.ended:
             farewell = sse.comment("this server is going away: reconnect")
         if not stream.gone:

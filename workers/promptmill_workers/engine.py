@@ -232,6 +232,11 @@ class Engine:
         )
         self._beaten_at = self._loop.time()
 
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Since the last heartbeat that the store took."""
+        return self._loop.time() - self._beaten_at
+
     # -- the registry -------------------------------------------------------------------------------------------
 
     async def _follow_registry(self) -> None:

@@ -17,10 +17,12 @@ from typing import Final, NoReturn
 import uvloop
 
 from promptmill.lifeline import watch_lifeline
+from promptmill.metrics import follow_store, loop_lag, metrics_port
 from promptmill.settings import Settings
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
+from promptmill_workers.meters import measured
 from promptmill_workers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -82,12 +84,19 @@ async def _main(settings: Settings, name: str, family: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, terms.put_nowait, number)
     engine = await Engine.start(settings, name, family)
+    with metrics_port(settings), measured(engine), loop_lag():
+        follow_store(engine.store)
+        return await _work(engine, settings, terms)
+
+
+async def _work(engine: Engine, settings: Settings, terms: asyncio.Queue[int]) -> int:
+    loop = asyncio.get_running_loop()
     watchdog = Watchdog(settings.loop_stall_s)
     watchdog.start()
     consumer = Consumer(engine, settings, lambda: _call_soon(loop, engine))
     tune_interpreter()
     consumer.start()
-    logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, family, settings.concurrency)
+    logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, engine.family, settings.concurrency)
     code = await _until_stopped(engine, consumer, terms)
     consumer.pause()
     end = loop.call_later(settings.drain_s + _END_S, _give_up, code)

@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Self
 
 from promptmill.settings import Settings, child_environment
+from promptmill_workers.meters import note_alone
 
 logger = logging.getLogger(__name__)
 
@@ -174,12 +175,14 @@ class Quarantine:
             except NotStarted as err:
                 # The job stays in the queue, and the sweep sends its message again.
                 logger.error("no quarantine process for job %s: %s", job_id, err)  # noqa: TRY400 - it says all there is
+                note_alone("not_started")
                 return
             run = nursery.run(job_id)
             try:
                 status = await asyncio.shield(run.status)
             except _Gone as err:
                 logger.warning("job %s is left to the watchers, all quarantine processes ended: %s", job_id, err)
+                note_alone("broke")
             except asyncio.CancelledError:
                 await asyncio.shield(self._keep(nursery.hand_back(run)))
                 raise
@@ -200,12 +203,16 @@ class Quarantine:
     async def _judge(self, run: _Run, job_id: str, status: int) -> None:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         if status == 0:
+            note_alone("ended")
             logger.info("job %s ran alone in %s", job_id, run.worker_id)
         elif not run.worker_id:
+            note_alone("not_started")
             logger.error("no quarantine process for job %s: %s", job_id, how)
         elif status == EXIT_BROKEN:
+            note_alone("broke")
             logger.error("quarantine process %s broke: job %s is left to the watchers", run.worker_id, job_id)
         else:
+            note_alone("died")
             logger.error("quarantine process %s died of job %s: %s", run.worker_id, job_id, how)
             await self._convict(run.worker_id)
 

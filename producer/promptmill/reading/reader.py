@@ -118,6 +118,7 @@ class Reader:
         if len(self._queue) >= _QUEUE_MAX:
             self._queue.clear()
             self._reread = True
+            self._hub.counted["overflows"] += 1
         else:
             self._queue.append(message)
         self._wake.set()
@@ -158,6 +159,7 @@ class Reader:
                     break
             elif EventId.read(event_id) > self._last or data[9:14] in {b'done"', b"error", b"cance"}:
                 # A gap, a new epoch, a large event, or an end that stands before what we were told to resume from.
+                self._hub.counted["gaps"] += 1
                 self._reread = True
                 queue.clear()
         return batch
@@ -170,6 +172,7 @@ class Reader:
         # Cleared before the read: what is offered from now on may be newer than what the read returns.
         self._reread = False
         self._queue.clear()
+        self._hub.counted["replays"] += 1
         entries, exists, more, known = await self._hub.store.resume_log(self.job_id, self._last)
         if self.user is None:
             # Redis was away when we were opened: whose job this is, is known only now.
