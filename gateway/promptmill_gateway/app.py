@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from promptmill.client import AsyncProducer
 from promptmill.enqueue import Enqueuer
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.watch import Watcher
@@ -79,7 +80,8 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
             async with _watching(store, settings) as watcher, _minding(store, settings) as (disconnects, minder):
                 streams = StreamEndpoint(settings, hub, access, disconnects.left)
                 app = build_gateway(settings, producer, access, streams)
-                yield Service(app, streams, (watcher, minder), settings.max_connections)
+                async with announced(store, "gateway", settings.heartbeat_s, streams.facts):
+                    yield Service(app, streams, (watcher, minder), settings.max_connections)
     finally:
         await store.aclose()
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from promptmill.errors import BadRequest, NotFound, StoreUnavailable
 from promptmill.reading import Hub
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill_relay.auth import Access
@@ -69,7 +70,8 @@ async def open_relay(settings: Settings) -> AsyncGenerator[Service]:
         await hub.start()
         try:
             app = Door(RelayApp(streams, store), settings, is_open=access.is_open)
-            yield Service(app, streams, max_connections=settings.max_connections)
+            async with announced(store, "relay", settings.heartbeat_s, streams.facts):
+                yield Service(app, streams, max_connections=settings.max_connections)
         finally:
             await hub.aclose()
     finally:
