@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from promptmill.client import AsyncProducer
 from promptmill.enqueue import Enqueuer
 from promptmill.metrics import follow_store, watcher_rows
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.watch import Watcher
@@ -86,13 +87,14 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
             ):
                 streams = StreamEndpoint(settings, hub, access, disconnects.left)
                 app = build_gateway(settings, producer, access, streams)
-                yield Service(
-                    app,
-                    streams,
-                    (watching, minder),
-                    settings.max_connections,
-                    lambda: (*stream_rows(streams, hub), *watcher_rows(watcher)),
-                )
+                async with announced(store, "gateway", settings.heartbeat_s, streams.facts):
+                    yield Service(
+                        app,
+                        streams,
+                        (watching, minder),
+                        settings.max_connections,
+                        lambda: (*stream_rows(streams, hub), *watcher_rows(watcher)),
+                    )
     finally:
         await store.aclose()
 

@@ -9,6 +9,7 @@ from functools import partial
 from promptmill.errors import BadRequest, NotFound, StoreUnavailable
 from promptmill.metrics import follow_store
 from promptmill.reading import Hub
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill_relay.auth import Access
@@ -74,7 +75,8 @@ async def open_relay(settings: Settings) -> AsyncGenerator[Service]:
         try:
             app = Door(RelayApp(streams, store), settings, is_open=access.is_open)
             rows = partial(stream_rows, streams, hub)
-            yield Service(app, streams, max_connections=settings.max_connections, rows=rows)
+            async with announced(store, "relay", settings.heartbeat_s, streams.facts):
+                yield Service(app, streams, max_connections=settings.max_connections, rows=rows)
         finally:
             await hub.aclose()
     finally:

@@ -34,7 +34,7 @@ def stream_rows(streams: StreamEndpoint, hub: Hub) -> Rows:
     return (
         ("readers", "Readers that are connected here now.", gauge, one(streams.open_streams)),
         ("followed_jobs", "Jobs that have a reader here.", gauge, one(hub.channels)),
-        ("sent_events", "Events that were written to readers.", counter, one(streams.sent_events)),
+        ("sent_events", "Events that were written to readers.", counter, one(streams.events_sent)),
         (
             "log_reads",
             "Reads of a job's log: each reader's first, and one after every gap.",

@@ -132,14 +132,18 @@ class StreamEndpoint:
         self._readers_of: Counter[str] = Counter()
         self._greeting = sse.retry(settings.retry_ms)
         self._streams: set[_Stream] = set()
-        self.sent_events = 0
-        """Since the start."""
         self._stopping = False
+        self.events_sent = 0
+        """To all readers, since this process began."""
 
     @property
     def open_streams(self) -> int:
         """How many readers there are now."""
         return len(self._streams)
+
+    def facts(self) -> tuple[int, int]:
+        """How many readers there are now, and how many events were sent."""
+        return len(self._streams), self.events_sent
 
     def stop(self) -> None:
         """End every stream between two events, and admit no more. Returns at once; the answers end on their own."""
@@ -247,7 +251,7 @@ class StreamEndpoint:
                 async for frames in reader if checked else _own(reader, user):
                     over = bool(frames) and frames[-1][1] in END_TYPES
                     await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": not over})
-                    self.sent_events += len(frames)
+                    self.events_sent += len(frames)
                     if over:
                         outcome = "ended"
                         return False

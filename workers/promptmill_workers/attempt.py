@@ -87,6 +87,7 @@ async def stream(
                     deadlines.touch()
                     into.parts.append(item.text)
                     log.add_text(item.text)
+                    writer.pieces += 1
                     mark(log)
                     if log.full:
                         deadlines.hold()

@@ -215,20 +215,20 @@ class Engine:
 
     async def _beat(self) -> None:
         self._count += 1
-        running = len(self.runner.running)
         await beat(
             self.store,
             self.worker_id,
             self._count,
             self.state,
             self.settings.heartbeat_s,
-            running=running,
+            running=len(self.runner.running),
             concurrency=self.settings.concurrency,
             pid=os.getpid(),
             family=self.family,
             level=self.level,
             paused=self.runner.pauses.names,
             registry=self.runner.registry.version,
+            **self.runner.counts.told(self.writer.pieces),
         )
         self._beaten_at = self._loop.time()
 

@@ -32,6 +32,7 @@ from promptmill.usage import Booker
 from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing
 from promptmill_workers.caching import AnswerCache
+from promptmill_workers.counts import Counts
 from promptmill_workers.course import Course, Ended, HandedOn
 from promptmill_workers.ends import End, failure, success
 from promptmill_workers.joblog import JobLog
@@ -113,6 +114,7 @@ class Runner:
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.tally = Tally(store)
         self.cache = AnswerCache(store, settings.cache_ttl_s)
+        self.counts = Counts()
         self.running: dict[str, RunningJob] = {}
         self.claiming: dict[str, str] = {}
         """Claims whose replies are on their way, which may hold by now: token to job id."""
@@ -183,6 +185,7 @@ class Runner:
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
             note_stop(job.stop_reason)
+            self.counts.note("stopped")
             self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
@@ -378,12 +381,14 @@ class Runner:
                 raise
 
         if await self.patiently(finish):
+            self.counts.note(end.state, end.code)
             self.booker.soon(job.job_id)
             if job.batch is not None:
                 self.tally.note(job.batch, end.state, end.fields, tries)
             model, backend = end.fields.get("model") or "", end.fields.get("backend") or ""
             note_end(end.state, end.code, model, backend, job.priority, job.age_s)
             return
+        self.counts.note("stopped")
         logger.info("job %s was ended or taken by somebody else", job.job_id)
         self._tell_late(job)
 

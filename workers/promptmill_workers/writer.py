@@ -47,6 +47,8 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._verified = asyncio.Event()
+        self.pieces = 0
+        """How many pieces of text came from backends."""
         self.serial = 0
         """The connection on which the store was asked what it has. Another may lead to a server that lost its tail."""
         self.on_fenced: Any = None
