@@ -18,6 +18,7 @@ from promptmill.store import Store
 from promptmill.watch import Watcher
 from promptmill_gateway.disconnect import Disconnects
 from promptmill_gateway.failures import add_failures
+from promptmill_gateway.fleet import watching_fleet
 from promptmill_gateway.meters import Measured
 from promptmill_gateway.openapi import describe
 from promptmill_gateway.routes import HealthRoutes, JobRoutes
@@ -82,8 +83,10 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
             hub = await producer.hub()
             await hub.start()
             async with (
-                _watching(store, settings) as (watcher, watching),
+                _enqueuer(settings) as enqueuer,
+                _watching(store, settings, enqueuer) as (watcher, watching),
                 _minding(store, settings) as (disconnects, minder),
+                watching_fleet(store, settings, enqueuer) as (fleet, looking),
             ):
                 streams = StreamEndpoint(settings, hub, access, disconnects.left)
                 app = build_gateway(settings, producer, access, streams)
@@ -91,18 +94,28 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
                     yield Service(
                         app,
                         streams,
-                        (watching, minder),
+                        (watching, minder, *looking),
                         settings.max_connections,
-                        lambda: (*stream_rows(streams, hub), *watcher_rows(watcher)),
+                        lambda: (*stream_rows(streams, hub), *watcher_rows(watcher), *fleet.rows()),
                     )
     finally:
         await store.aclose()
 
 
 @asynccontextmanager
-async def _watching(store: Store, settings: Settings) -> AsyncGenerator[tuple[Watcher, asyncio.Task[None]]]:
-    """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
+async def _enqueuer(settings: Settings) -> AsyncGenerator[Enqueuer]:
     enqueuer = Enqueuer(settings.queue_url)
+    try:
+        yield enqueuer
+    finally:
+        await enqueuer.aclose()
+
+
+@asynccontextmanager
+async def _watching(
+    store: Store, settings: Settings, enqueuer: Enqueuer
+) -> AsyncGenerator[tuple[Watcher, asyncio.Task[None]]]:
+    """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
     watcher = Watcher(store, settings, enqueuer)
     watching = asyncio.create_task(watcher.run(), name="watcher")
     try:
@@ -111,7 +124,6 @@ async def _watching(store: Store, settings: Settings) -> AsyncGenerator[tuple[Wa
         watching.cancel()
         # Waits without raising: what made it fail is raised by who serves.
         await asyncio.wait([watching])
-        await enqueuer.aclose()
 
 
 @asynccontextmanager
