@@ -8,6 +8,7 @@ from typing import Final
 from prometheus_client import Counter, Histogram
 
 from promptmill.metrics import PREFIX, SHORT_S
+from promptmill.tracing import request_span
 from promptmill_relay.problem import ASGIApp, Message, Receive, Scope, Send
 
 _REQUESTS: Final = Counter(
@@ -38,10 +39,26 @@ class Measured:
             await send(message)
 
         try:
-            await self._app(scope, receive, sent)
+            await self._traced(scope, receive, sent)
         finally:
-            # Not the path itself, which holds ids and whatever else anybody asks for.
-            path: str = getattr(scope.get("route"), "path", "none")
+            path = _route(scope)
             method = scope["method"] if scope["method"] in _METHODS else "other"
             _REQUESTS.labels(method, path, str(status or "none")).inc()
             _SECONDS.labels(path).observe(time.monotonic() - began)
+
+    async def _traced(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            # Whoever waits for a job by asking again and again would bury its trace.
+            await self._app(scope, receive, send)
+            return
+        traceparent = next(
+            (value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None
+        )
+        with request_span("POST", traceparent) as span:
+            await self._app(scope, receive, send)
+            span.rename(f"POST {_route(scope)}")
+
+
+def _route(scope: Scope) -> str:
+    # Not the path itself, which holds ids and whatever else anybody asks for.
+    return getattr(scope.get("route"), "path", "none")

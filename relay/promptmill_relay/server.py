@@ -26,6 +26,7 @@ import uvloop
 
 from promptmill.metrics import Rows, loop_lag, metrics_port, reading
 from promptmill.settings import Settings, listen_fd
+from promptmill.tracing import flush_tracing, start_tracing
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
@@ -70,10 +71,12 @@ def run(name: str, settings: Settings, open_service: OpenService) -> None:
         ``port_in_use``, or what ``open_service`` raises.
     """
     raise_file_limit()
+    start_tracing(settings, name)
     sock = listening_socket(settings)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(name, settings, sock, open_service))
+        flush_tracing()
     finally:
         sock.close()
 

@@ -27,6 +27,7 @@ from promptmill.errors import BadRequest, NotFound, Overloaded, PromptmillError,
 from promptmill.keys import check_job_id
 from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
+from promptmill.tracing import Kind, Span, job_span
 from promptmill_relay import sse
 from promptmill_relay.auth import Access
 from promptmill_relay.meters import note_stream
@@ -52,6 +53,9 @@ class EventReader(Protocol):
 
     @property
     def user(self) -> str | None: ...
+
+    @property
+    def trace(self) -> str | None: ...
 
     @property
     def finished(self) -> bool: ...
@@ -193,8 +197,8 @@ class StreamEndpoint:
             elif scope["method"] == "HEAD":
                 await respond(send, 200, _HEADERS)
             else:
-                with self._counted(reader.user or user):
-                    left = await self._pass_on(stream, user, reader, receive, send)
+                with self._counted(reader.user or user), job_span(*_traced(scope, reader)) as span:
+                    left = await self._pass_on(stream, user, reader, receive, send, span)
         except Overloaded as err:
             note_stream("refused")
             await send_problem(send, err)
@@ -236,7 +240,7 @@ class StreamEndpoint:
         return user, reader
 
     async def _pass_on(
-        self, stream: _Stream, user: str | None, reader: EventReader, receive: Receive, send: Send
+        self, stream: _Stream, user: str | None, reader: EventReader, receive: Receive, send: Send, span: Span
     ) -> bool:
         """Until the end, or until somebody goes. True where that was the reader, of a job that it may read."""
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
@@ -261,7 +265,9 @@ class StreamEndpoint:
             farewell = sse.comment("interrupted: reconnect")
         finally:
             watch.cancel()
-            note_stream(outcome or ("stopped" if self._stopping else "left"))
+            outcome = outcome or ("stopped" if self._stopping else "left")
+            note_stream(outcome)
+            span.note({"promptmill.stream.outcome": outcome})
         if stream.ended:
             farewell = sse.comment("this server is going away: reconnect")
         if not stream.gone:
@@ -270,6 +276,10 @@ class StreamEndpoint:
 
     async def _come_again(self, send: Send, why: str) -> None:
         await respond(send, 200, _HEADERS, self._greeting + sse.comment(why))
+
+
+def _traced(scope: Scope, reader: EventReader) -> tuple[str, str | None, str, Kind]:
+    return _job_id(scope["path"]), reader.trace, "promptmill.stream", "server"
 
 
 async def _own(reader: EventReader, user: str | None) -> AsyncIterator[Sequence[sse.EventFrame]]:

@@ -25,6 +25,7 @@ from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
+from promptmill.tracing import Span, span
 from promptmill.traffic import Admission, Traffic
 from promptmill.usage import Booker, keep_try
 from promptmill.usage.estimates import BYTES_PER_TOKEN
@@ -33,7 +34,7 @@ from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.meters import note_attempt
 from promptmill_workers.models import Backends
-from promptmill_workers.outcomes import Outcome, backoff_s, describe, said, settle
+from promptmill_workers.outcomes import Outcome, backoff_s, describe, said, settle, tell_span
 from promptmill_workers.pauses import Pauses
 from promptmill_workers.writer import Writer
 
@@ -211,7 +212,9 @@ class Course:
             facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
             await self.booker.asking(self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
             self.current = Current(self.number, route, started, into)
-            error = await self._reported(admission, route, into)
+            about = {"gen_ai.operation.name": "text_completion", "gen_ai.request.model": route.name}
+            with span("promptmill.attempt", "client", {**about, "promptmill.attempt": self.number}) as attempt:
+                error = await self._reported(admission, route, into, attempt)
             self.told_bytes += len(into.text.encode())
             tried += 1
             self.tries.append(self.describe(self.number, route, started, into, error))
@@ -261,11 +264,13 @@ class Course:
             finally:
                 self.waiting[route.name] -= 1
 
-    async def _reported(self, admission: Admission, route: Route, into: Progressing) -> BackendError | None:
+    async def _reported(
+        self, admission: Admission, route: Route, into: Progressing, attempt: Span
+    ) -> BackendError | None:
         """One attempt, whose end is told to the fleet, whatever it is."""
         code, wait_s = "cancelled", None
         try:
-            error = await self._attempt(route, into, admission)
+            error = await self._attempt(route, into, admission, attempt)
             code, wait_s = (error.code, error.retry_after_s) if error else (None, None)
         finally:
             ended_at = time.monotonic()
@@ -275,6 +280,7 @@ class Course:
                 # What it cost must not decide whether it counts as answered.
                 logger.exception("the usage of an attempt of job %s cannot be settled", self.job_id)
             note_attempt(route, Outcome(code, ended_at - into.began_at, into.first_s, into.usage, into.cost_usd))
+            tell_span(attempt, route, into, code)
             usage = into.usage
             if usage is not None:
                 tokens = usage.input_tokens + usage.output_tokens + usage.cache_write_tokens
@@ -306,13 +312,15 @@ class Course:
         else:
             self.booker.soon(self.job_id)
 
-    async def _attempt(self, route: Route, into: Progressing, admission: Admission) -> BackendError | None:
+    async def _attempt(
+        self, route: Route, into: Progressing, admission: Admission, attempt: Span
+    ) -> BackendError | None:
         """One attempt; answers why it failed, or None."""
         try:
             with self.backends.lend(route) as backend:
                 login = self.pauses.check(route, backend)
                 # A model that streams is well: the others need not wait for the end of a long answer.
-                first = partial(self._first, into, admission)
+                first = partial(self._first, into, admission, attempt)
                 timeouts = self.settings.timeouts_for(route.config, self.request.timeouts)
                 call = Call(self.job_id, self.number, self.request, timeouts)
                 try:
@@ -330,8 +338,9 @@ class Course:
             return BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
         return None
 
-    async def _first(self, into: Progressing, admission: Admission) -> None:
+    async def _first(self, into: Progressing, admission: Admission, attempt: Span) -> None:
         into.first_at = time.monotonic()
+        attempt.event("first token")
         if admission.probe:
             await self.traffic.alive(admission)
 

@@ -11,6 +11,7 @@ from promptmill.contract import JobRequest, Usage
 from promptmill.errors import BackendError, PromptmillError
 from promptmill.routing import Route
 from promptmill.store.tries import CLAIM_CHARS
+from promptmill.tracing import Span
 from promptmill.usage import price, settled_usage
 from promptmill_workers.attempt import Progressing
 
@@ -74,3 +75,19 @@ def describe(
         "provider_request_id": request_id,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def tell_span(attempt: Span, route: Route, into: Progressing, code: str | None) -> None:
+    """What an attempt's span says at its end, by OpenTelemetry's names where it has any."""
+    about: dict[str, str | int | float | None] = {
+        "promptmill.backend": route.config.type,
+        "promptmill.slot": route.slot,
+    }
+    if into.usage is not None:
+        about["gen_ai.usage.input_tokens"] = into.usage.input_tokens
+        about["gen_ai.usage.output_tokens"] = into.usage.output_tokens
+    if into.finished is not None:
+        about["promptmill.finish_reason"] = into.finished.reason
+    attempt.note({**about, "promptmill.cost_usd": into.cost_usd})
+    if code is not None:
+        attempt.fail(code)

@@ -19,6 +19,7 @@ import uvloop
 from promptmill.lifeline import watch_lifeline
 from promptmill.metrics import follow_store, loop_lag, metrics_port
 from promptmill.settings import Settings
+from promptmill.tracing import flush_tracing, start_tracing
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
@@ -48,6 +49,7 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
     """
     watch_lifeline()
     prepare_process(settings)
+    start_tracing(settings, "worker")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_to_the_end(settings, name, family))
 
@@ -114,6 +116,7 @@ async def _work(engine: Engine, settings: Settings, terms: asyncio.Queue[int]) -
     # Bounded: Celery waits for its threads without limit, and nothing runs in them any more.
     await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
+    await asyncio.to_thread(flush_tracing)
     watchdog.stop()
     end.cancel()
     logger.info("worker %s ended", engine.worker_id)

@@ -27,6 +27,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, ClaimRefusal, Store
 from promptmill.store.head import record_ttl_ms
 from promptmill.store.tries import CLAIM_CHARS
+from promptmill.tracing import Span, job_span, note_wait
 from promptmill.traffic import Traffic
 from promptmill.usage import Booker
 from promptmill.watch import Watcher
@@ -59,10 +60,10 @@ class RunningJob:
 
     __slots__ = (
         *("_age_s", "_claimed_at", "batch", "claim", "course", "ending"),
-        *("job_id", "log", "priority", "stop_reason", "task", "tries"),
+        *("job_id", "log", "priority", "span", "stop_reason", "task", "tries"),
     )
 
-    def __init__(self, job_id: str, claim: str, log: JobLog, claimed: Claimed) -> None:
+    def __init__(self, job_id: str, claim: str, log: JobLog, claimed: Claimed, span: Span) -> None:
         self.job_id = job_id
         self.batch = claimed.record.batch
         self.priority: str = claimed.record.head.get("priority", "interactive")
@@ -71,6 +72,7 @@ class RunningJob:
         self._claimed_at = time.monotonic()
         self.claim = claim
         self.log = log
+        self.span = span
         self.tries = claimed.tries
         self.course: Course | None = None
         self.task = asyncio.current_task()
@@ -173,8 +175,15 @@ class Runner:
             await self._in_quarantine(job_id)
         if isinstance(claimed, str):
             return
+        record = claimed.record
+        note_wait(job_id, record.trace, record.st["queued"], claimed.epoch)
+        about = {"promptmill.worker": self._worker_id, "promptmill.claims": record.st["attempts"]}
+        with job_span(job_id, record.trace, "promptmill.run", "consumer", about) as span:
+            await self._run(job_id, claim, claimed, span, taken=taken)
+
+    async def _run(self, job_id: str, claim: str, claimed: Claimed, span: Span, *, taken: bool) -> None:
         log = self._writer.open(job_id, claim, claimed.epoch)
-        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed)
+        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed, span)
         if taken:
             job.stop("taken")
         try:
@@ -185,6 +194,7 @@ class Runner:
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
             note_stop(job.stop_reason)
+            span.note({"promptmill.stopped": job.stop_reason})
             self.counts.note("stopped")
             self._tell_late(job)
         except Exception as err:
@@ -387,6 +397,9 @@ class Runner:
                 self.tally.note(job.batch, end.state, end.fields, tries)
             model, backend = end.fields.get("model") or "", end.fields.get("backend") or ""
             note_end(end.state, end.code, model, backend, job.priority, job.age_s)
+            job.span.note({"promptmill.job.state": end.state})
+            if end.code is not None:
+                job.span.fail(end.code)
             return
         self.counts.note("stopped")
         logger.info("job %s was ended or taken by somebody else", job.job_id)

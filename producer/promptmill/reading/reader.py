@@ -39,6 +39,8 @@ class Reader:
         self.job_id = job_id
         self.user = record.user if record else None
         """The job's owner; None while Redis is away."""
+        self.trace = record.trace if record else None
+        """The trace of its submitter, where it told one."""
         end_id = record.end_id if record else None
         self.finished = bool(end_id and after and after >= end_id)
         """True where ``after`` is the end event already: there is nothing to read."""
