@@ -209,7 +209,7 @@ class Watcher:
         outcome = await requeue()
         # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
         self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
-        logger.info("job %s of worker %s: %s", job_id, worker, outcome)
+        logger.info("job %s of worker %s: %s", job_id, worker, outcome, extra={"job_id": job_id})
         return outcome == "queued"
 
     async def _send_again(self, job_ids: list[str], wait_s: float | None) -> None:
@@ -295,7 +295,7 @@ class Watcher:
         try:
             await self._store.expire(job_id, keys.new_token())
         except NotFound:
-            logger.debug("job %s was gone before it could expire", job_id)
+            logger.debug("job %s was gone before it could expire", job_id, extra={"job_id": job_id})
 
     async def _lost(
         self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]

@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl
 
 from promptmill.errors import BadRequest, NotFound, Overloaded, PromptmillError, StoreUnavailable
 from promptmill.keys import check_job_id
+from promptmill.logs import bound
 from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
 from promptmill.tracing import Kind, Span, job_span
@@ -172,7 +173,8 @@ class StreamEndpoint:
         stream = _Stream()
         self._streams.add(stream)
         try:
-            await self._answer(stream, scope, receive, send)
+            with bound(job_id=_job_id(scope["path"])):
+                await self._answer(stream, scope, receive, send)
         finally:
             self._streams.discard(stream)
 

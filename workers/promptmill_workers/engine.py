@@ -140,13 +140,15 @@ class Engine:
         begin = Begin()
         future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begin), self._loop)
         if not self.turning.begins(begin):
-            logger.warning("the event loop does not turn: the message of job %s goes back", job_id)
+            logger.warning(
+                "the event loop does not turn: the message of job %s goes back", job_id, extra={"job_id": job_id}
+            )
             self.enqueuer.send_from_thread([(job_id, queue)])
             return
         try:
             future.result()
         except CancelledError:
-            logger.info("job %s was not begun here: the worker stops", job_id)
+            logger.info("job %s was not begun here: the worker stops", job_id, extra={"job_id": job_id})
 
     async def _serve(self, job_id: str, queue: str, begin: Begin | None = None) -> None:
         if begin is not None:

@@ -174,14 +174,19 @@ class Quarantine:
                 nursery = await self._ready()
             except NotStarted as err:
                 # The job stays in the queue, and the sweep sends its message again.
-                logger.error("no quarantine process for job %s: %s", job_id, err)  # noqa: TRY400 - it says all there is
+                logger.error("no quarantine process for job %s: %s", job_id, err, extra={"job_id": job_id})  # noqa: TRY400 - it says all there is
                 note_alone("not_started")
                 return
             run = nursery.run(job_id)
             try:
                 status = await asyncio.shield(run.status)
             except _Gone as err:
-                logger.warning("job %s is left to the watchers, all quarantine processes ended: %s", job_id, err)
+                logger.warning(
+                    "job %s is left to the watchers, all quarantine processes ended: %s",
+                    job_id,
+                    err,
+                    extra={"job_id": job_id},
+                )
                 note_alone("broke")
             except asyncio.CancelledError:
                 await asyncio.shield(self._keep(nursery.hand_back(run)))
@@ -204,16 +209,23 @@ class Quarantine:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         if status == 0:
             note_alone("ended")
-            logger.info("job %s ran alone in %s", job_id, run.worker_id)
+            logger.info("job %s ran alone in %s", job_id, run.worker_id, extra={"job_id": job_id})
         elif not run.worker_id:
             note_alone("not_started")
-            logger.error("no quarantine process for job %s: %s", job_id, how)
+            logger.error("no quarantine process for job %s: %s", job_id, how, extra={"job_id": job_id})
         elif status == EXIT_BROKEN:
             note_alone("broke")
-            logger.error("quarantine process %s broke: job %s is left to the watchers", run.worker_id, job_id)
+            logger.error(
+                "quarantine process %s broke: job %s is left to the watchers",
+                run.worker_id,
+                job_id,
+                extra={"job_id": job_id},
+            )
         else:
             note_alone("died")
-            logger.error("quarantine process %s died of job %s: %s", run.worker_id, job_id, how)
+            logger.error(
+                "quarantine process %s died of job %s: %s", run.worker_id, job_id, how, extra={"job_id": job_id}
+            )
             await self._convict(run.worker_id)
 
     def _rest(self, nursery: _Nursery) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -21,6 +20,7 @@ from promptmill import keys
 from promptmill.contract import JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
 from promptmill.heartbeat import ready_workers
+from promptmill.logs import bound
 from promptmill.registry import Registry
 from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
@@ -40,57 +40,18 @@ from promptmill_workers.joblog import JobLog
 from promptmill_workers.meters import note_claim, note_end, note_fenced, note_stop
 from promptmill_workers.models import Backends
 from promptmill_workers.pauses import Pauses
+from promptmill_workers.running import RunningJob
 from promptmill_workers.tally import Tally
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-StopReason = Literal["taken", "handback"]
-
 _STORE_BACKOFF_MAX_S: Final = 2.0
 
 
 async def _refused_alone(job_id: str) -> None:
     raise RuntimeError(f"job {job_id} was refused to a process that runs it alone")
-
-
-class RunningJob:
-    """A claim that this process holds, and the task that serves it."""
-
-    __slots__ = (
-        *("_age_s", "_claimed_at", "batch", "claim", "course", "ending"),
-        *("job_id", "log", "priority", "span", "stop_reason", "task", "tries"),
-    )
-
-    def __init__(self, job_id: str, claim: str, log: JobLog, claimed: Claimed, span: Span) -> None:
-        self.job_id = job_id
-        self.batch = claimed.record.batch
-        self.priority: str = claimed.record.head.get("priority", "interactive")
-        # By the store's clock up to the claim, whose epoch is a time in ms; from then on by ours.
-        self._age_s = (claimed.epoch - claimed.record.st["created"]) / 1000
-        self._claimed_at = time.monotonic()
-        self.claim = claim
-        self.log = log
-        self.span = span
-        self.tries = claimed.tries
-        self.course: Course | None = None
-        self.task = asyncio.current_task()
-        self.stop_reason: StopReason | None = None
-        self.ending = False
-        """All that is left to do is to store its end: handed back now, a whole answer would be paid for again."""
-
-    @property
-    def age_s(self) -> float:
-        """Since it was submitted."""
-        return self._age_s + time.monotonic() - self._claimed_at
-
-    def stop(self, reason: StopReason) -> None:
-        """End it from outside; the task closes its backend before it returns."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-            if self.task is not None:
-                self.task.cancel()
 
 
 class Runner:
@@ -162,6 +123,10 @@ class Runner:
 
     async def run(self, job_id: str) -> None:
         """Serve one message: claim the job if it still waits, and run it to its end."""
+        with bound(job_id=job_id):
+            await self._serve(job_id)
+
+    async def _serve(self, job_id: str) -> None:
         claim = keys.new_token()
         self.claiming[claim] = job_id
         try:

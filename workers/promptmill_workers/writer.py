@@ -214,7 +214,7 @@ class Writer:
             if self.on_fenced is not None:
                 self.on_fenced(log)
         elif reply == GONE:
-            logger.warning("the log of job %s is gone from the store", log.job_id)
+            logger.warning("the log of job %s is gone from the store", log.job_id, extra={"job_id": log.job_id})
             log.lost = True
             log.release()
         else:

@@ -97,7 +97,7 @@ class Hub:
             if record is None:
                 raise NotFound(f"there is no job {job_id}", field="id")
         except StoreUnavailable as err:
-            logger.warning("reader of %s waits: %s", job_id, err)
+            logger.warning("reader of %s waits: %s", job_id, err, extra={"job_id": job_id})
             record = None
         await self.start()
         return Reader(self, job_id, last, record)

@@ -81,7 +81,7 @@ class Reader:
                 try:
                     batch = await self._catch_up()
                 except StoreUnavailable as err:
-                    logger.debug("reader of %s waits: %s", self.job_id, err)
+                    logger.debug("reader of %s waits: %s", self.job_id, err, extra={"job_id": self.job_id})
                     self._reread = True
                     await self._pause(backoff)
                     backoff = min(backoff * 2, _BACKOFF_MAX_S)
