@@ -11,10 +11,12 @@ import socket
 from collections.abc import Iterable
 from typing import Any, Final, cast
 
+from flower.api.tasks import GetQueueLengths
 from flower.app import Flower
 from flower.options import options
 from flower.urls import settings as flower_settings
-from flower.views import monitor
+from flower.views import BaseHandler, monitor
+from flower.views.broker import BrokerView
 from tornado.httpserver import HTTPServer
 from tornado.ioloop import IOLoop
 from tornado.web import ErrorHandler, authenticated, url
@@ -36,6 +38,23 @@ class _Metrics(monitor.Metrics):
     """Flower gives its metrics to anybody, and they name the workers."""
 
     get: Any = authenticated(monitor.Metrics.get)
+
+
+class _AllQueues(BaseHandler):
+    """Flower lists the queues that a worker serves; those that nobody serves are the ones to know of."""
+
+    def get_active_queue_names(self) -> list[str]:
+        served: list[str] = cast("Any", super()).get_active_queue_names()
+        ours: list[Any] = cast("Any", self).capp.conf.task_queues
+        return sorted({*served, *(queue.name for queue in ours)})
+
+
+class _Lengths(_AllQueues, GetQueueLengths):
+    pass
+
+
+class _Broker(_AllQueues, BrokerView):
+    pass
 
 
 class _App(Flower):
@@ -81,7 +100,9 @@ def make_flower(settings: Settings, families: Iterable[str]) -> Any:
         setattr(options, name, value)
     made: Any = _App(capp=app, options=options, io_loop=IOLoop.current(), **flower_settings)
     # Before Flower's own handlers: the first that fits is taken.
-    made.default_router.rules.insert(0, made.default_router.process_rule(url(r"/metrics", _Metrics)))
+    ours = [url(r"/metrics", _Metrics), url(r"/api/queues/length", _Lengths), url(r"/broker", _Broker)]
+    router = made.default_router
+    router.rules[:0] = [router.process_rule(rule) for rule in ours]
     return made
 
 
