@@ -1,4 +1,4 @@
-"""Secrets as files: which settings, what a mistake is told, and that a child process is handed no secret it can read."""
+"""Secrets as files: which settings, what a mistake is told, and that a child is handed no secret it can read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Secrets as files: each setting of :data:`SECRETS` may be given as ``<name>_file``, the path of a file that holds it.
+"""Secrets as files: each setting of :data:`SECRETS` may be given as ``<name>_file``, the path of a file with it.
 
-The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are taken each where they stand,
-before the two are laid over each other: a value of the environment still wins over a file that the configuration names.
+The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are taken each where they
+stand, before the two are laid over each other: a value of the environment wins over a file that the configuration names.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_file(given_by: str, path: str, place: str = "") -> str:
         text = content.decode()
     except OSError as err:
         raise ConfigError(
-            f"{place}{given_by}: cannot read {path}: {err.strerror}; see that it is there and that this user may read it",
+            f"{place}{given_by}: cannot read {path}: {err.strerror}; see that it is there and may be read by this user",
             field=given_by,
         ) from None
     except UnicodeDecodeError:
