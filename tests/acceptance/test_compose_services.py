@@ -1,0 +1,152 @@
+"""Every service of compose.yaml that can be had here, started as a process: its own command, its own environment, its
+own secrets and configuration, waited for by its own health check, and stopped as compose would.
+
+Grafana cannot be had; its provisioning is looked at in tests/unit/test_compose_monitoring.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Generator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.compose import Place, Running, ours, running
+from tests.support.event_source import EventSourceParser
+from tests.support.processes import tree
+
+pytestmark = [pytest.mark.xdist_group("compose"), pytest.mark.timeout(400)]
+
+PROGRAMS = {"PROMPTMILL_TOML": "./ops/promptmill.programs.toml"}
+
+
+class Stack:
+    """The services that run, in the order in which they were started."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.services: dict[str, Running] = {}
+
+    def url(self, service: str, port: int) -> str:
+        return f"http://127.0.0.1:{self.place.port(service, port)}"
+
+    def client(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.place.secret('api_key')}"}
+        return httpx.Client(headers=headers, timeout=60, trust_env=False)
+
+
+def missing(name: str) -> str | None:
+    """Why a service cannot be started here."""
+    if name == "prometheus" and (not shutil.which("prometheus") or not shutil.which("promtool")):
+        return "prometheus is not installed: apt-get install prometheus"
+    return None
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
+    """All services but the broker and Grafana, healthy."""
+    place = Place(tmp_path_factory.mktemp("compose"), PROGRAMS)
+    found = Stack(place)
+    with ExitStack() as exits:
+        # As depends_on has it: the store first, then the others together.
+        found.services["redis"] = exits.enter_context(running(place, "redis"))
+        found.services["redis"].wait_healthy()
+        for name in [*ours(place.file), "prometheus"]:
+            if missing(name) is None:
+                found.services[name] = exits.enter_context(running(place, name))
+        for service in found.services.values():
+            service.wait_healthy()
+        yield found
+
+
+def test_every_service_of_ours_is_healthy_by_its_own_check(stack: Stack) -> None:
+    assert set(ours(stack.place.file)) <= set(stack.services)
+    for name in stack.services:
+        done = stack.place.healthy(name)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+def test_prometheus_runs_with_the_configuration_of_the_stack(stack: Stack) -> None:
+    if reason := missing("prometheus"):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with stack.client() as client:
+        jobs = client.get(f"{stack.url('prometheus', 9090)}/api/v1/targets").json()["data"]["activeTargets"]
+    assert {target["labels"]["job"] for target in jobs} >= {"prometheus"}
+
+
+def test_a_job_goes_through_gateway_worker_and_relay(stack: Stack) -> None:
+    with stack.client() as client:
+        made = client.post(f"{stack.url('gateway', 8080)}/v1/jobs", json={"prompt": "one two", "model": "echo"})
+        assert made.status_code == 202, made.text
+        stream = f"{stack.url('relay', 8081)}/v1/jobs/{made.json()['id']}/stream"
+        assert httpx.get(stream, trust_env=False).status_code == 401
+        with client.stream("GET", stream) as response:
+            reader = EventSourceParser()
+            events = [message for chunk in response.iter_bytes() for message in reader.feed(chunk)]
+    assert events[-1].type == "done"
+    assert "".join(json.loads(event.data)["text"] for event in events if event.type == "token") == "one two"
+
+
+def test_no_secret_stands_in_the_environment_or_the_arguments_of_a_process(stack: Stack) -> None:
+    secrets = [stack.place.secret(name).encode() for name in stack.place.file["secrets"]]
+    looked_at = 0
+    for service in stack.services.values():
+        for pid in tree(service.process.pid):
+            seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
+            assert not [secret for secret in secrets if secret in seen], f"{service.name}: {seen!r}"
+            looked_at += 1
+    assert looked_at >= len(stack.services)
+
+
+def test_the_store_is_set_up_as_the_file_says_and_takes_nobody_without_the_password(stack: Stack) -> None:
+    import redis
+
+    port = stack.place.port("redis", 6379)
+    with redis.Redis(port=port, password=stack.place.secret("redis_password")) as client:
+        held = client.config_get("appendonly", "maxmemory-policy", "maxmemory")
+    assert held == {"appendonly": "yes", "maxmemory-policy": "noeviction", "maxmemory": str(1200 * 2**20)}
+    with redis.Redis(port=port) as stranger, pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    assert (stack.place.directory / "redis" / "tmp" / "redis.conf").stat().st_mode & 0o077 == 0
+
+
+def test_doctor_finds_what_is_configured_working(stack: Stack) -> None:
+    done = subprocess.run(
+        [*stack.place.command("worker")[:-1], "doctor", "--json"],
+        env=stack.place.environment("worker"),
+        cwd=stack.place.directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert '"redis"' in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# The last tests of this file: the services end here.
+
+
+def test_a_worker_that_drains_is_not_healthy_and_its_neighbours_are(stack: Stack) -> None:
+    assert stack.services["worker-claude"].stop() == 0, stack.services["worker-claude"].said()
+    done = stack.place.healthy("worker-claude")
+    assert done.returncode == 1
+    assert "can claim claude jobs: no heartbeat" in done.stderr
+    assert stack.place.healthy("worker").returncode == 0
+
+
+def test_each_ends_well_on_its_stop_signal_within_the_time_that_compose_gives_it(stack: Stack) -> None:
+    for name, service in reversed(stack.services.items()):
+        if service.process.poll() is None:
+            assert service.stop() == 0, f"{name}: {service.said()}"
+        service.kill()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{stack.url('gateway', 8080)}/healthz", trust_env=False)
