@@ -60,7 +60,9 @@ def main(argv: list[str]) -> int:
         stale = [PROJECT.name] if pinned != text else []
         stale += [REQUIREMENTS.name] if not REQUIREMENTS.exists() or REQUIREMENTS.read_text() != requirements() else []
         if stale:
-            print(f"the pins in {' and '.join(stale)} differ from what resolves: run python ops/pins.py", file=sys.stderr)
+            print(
+                f"the pins in {' and '.join(stale)} differ from what resolves: run python ops/pins.py", file=sys.stderr
+            )
             return 1
         return 0
     PROJECT.write_text(pinned)

@@ -175,11 +175,16 @@ class Place:
         """A directory with the names by which the images know servers that have another one here."""
         path = self._own(name, "bin")
         store = find_store_program()
-        here = {"rabbitmq-server": rabbit_program(), "valkey-server": str(store.path) if store else None}
+        broker = rabbit_program()
+        here = {"rabbitmq-server": broker, "valkey-server": str(store.path) if store else None}
+        # Beside the server: what Debian puts on PATH becomes another user.
+        here["rabbitmq-diagnostics"] = str(Path(broker).with_name("rabbitmq-diagnostics")) if broker else None
         here["valkey-cli"] = shutil.which("valkey-cli") or shutil.which("redis-cli")
         for link, program in here.items():
             if program and not (path / link).exists():
-                (path / link).symlink_to(program)
+                # No link: a script looks for its neighbours.
+                (path / link).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+                (path / link).chmod(0o755)
         return path
 
     def command(self, name: str) -> list[str]:
