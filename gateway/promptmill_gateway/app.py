@@ -11,16 +11,21 @@ from fastapi import FastAPI
 
 from promptmill.client import AsyncProducer
 from promptmill.enqueue import Enqueuer
+from promptmill.metrics import follow_store, watcher_rows
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill.watch import Watcher
 from promptmill_gateway.disconnect import Disconnects
 from promptmill_gateway.failures import add_failures
+from promptmill_gateway.fleet import watching_fleet
+from promptmill_gateway.meters import Measured
 from promptmill_gateway.openapi import describe
 from promptmill_gateway.routes import HealthRoutes, JobRoutes
 from promptmill_gateway.usage_routes import UsageRoutes
 from promptmill_relay.auth import Access
 from promptmill_relay.door import Door
+from promptmill_relay.meters import stream_rows
 from promptmill_relay.problem import ASGIApp, Receive, Scope, Send
 from promptmill_relay.server import Service
 from promptmill_relay.stream import StreamEndpoint, stream_job
@@ -30,7 +35,7 @@ class GatewayApp:
     """Streams go straight to the relay's endpoint: FastAPI's layers would cost something for every token."""
 
     def __init__(self, api: ASGIApp, streams: StreamEndpoint) -> None:
-        self._api = api
+        self._api = Measured(api)
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,31 +76,54 @@ async def open_gateway(settings: Settings) -> AsyncGenerator[Service]:
         Redis cannot be reached, refuses us, or is too old.
     """
     store = await Store.connect(settings.store_url)
+    follow_store(store)
     try:
         access = Access.of(settings, store)
         async with AsyncProducer(settings, store=store) as producer:
             hub = await producer.hub()
             await hub.start()
-            async with _watching(store, settings) as watcher, _minding(store, settings) as (disconnects, minder):
+            async with (
+                _enqueuer(settings) as enqueuer,
+                _watching(store, settings, enqueuer) as (watcher, watching),
+                _minding(store, settings) as (disconnects, minder),
+                watching_fleet(store, settings, enqueuer) as (fleet, looking),
+            ):
                 streams = StreamEndpoint(settings, hub, access, disconnects.left)
                 app = build_gateway(settings, producer, access, streams)
-                yield Service(app, streams, (watcher, minder), settings.max_connections)
+                async with announced(store, "gateway", settings.heartbeat_s, streams.facts):
+                    yield Service(
+                        app,
+                        streams,
+                        (watching, minder, *looking),
+                        settings.max_connections,
+                        lambda: (*stream_rows(streams, hub), *watcher_rows(watcher), *fleet.rows()),
+                    )
     finally:
         await store.aclose()
 
 
 @asynccontextmanager
-async def _watching(store: Store, settings: Settings) -> AsyncGenerator[asyncio.Task[None]]:
-    """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
+async def _enqueuer(settings: Settings) -> AsyncGenerator[Enqueuer]:
     enqueuer = Enqueuer(settings.queue_url)
-    watcher = asyncio.create_task(Watcher(store, settings, enqueuer).run(), name="watcher")
     try:
-        yield watcher
+        yield enqueuer
     finally:
-        watcher.cancel()
-        # Waits without raising: what made it fail is raised by who serves.
-        await asyncio.wait([watcher])
         await enqueuer.aclose()
+
+
+@asynccontextmanager
+async def _watching(
+    store: Store, settings: Settings, enqueuer: Enqueuer
+) -> AsyncGenerator[tuple[Watcher, asyncio.Task[None]]]:
+    """The watcher at work. Where it ends by itself, something is broken, and the server stops for it."""
+    watcher = Watcher(store, settings, enqueuer)
+    watching = asyncio.create_task(watcher.run(), name="watcher")
+    try:
+        yield watcher, watching
+    finally:
+        watching.cancel()
+        # Waits without raising: what made it fail is raised by who serves.
+        await asyncio.wait([watching])
 
 
 @asynccontextmanager

@@ -144,7 +144,7 @@ class Disconnects:
         except NotFound:
             return False
         if cancelled:
-            logger.info("job %s is cancelled: %s", job_id, self._reason)
+            logger.info("job %s is cancelled: %s", job_id, self._reason, extra={"job_id": job_id})
         return cancelled
 
     async def _look_later(self, job_ids: list[str]) -> None:

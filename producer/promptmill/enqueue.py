@@ -9,13 +9,16 @@ On Redis a queue is a list. On RabbitMQ it is a quorum queue, and a message coun
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
+import json
 import logging
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from amqp.exceptions import AMQPError, ChannelError, PreconditionFailed
@@ -34,6 +37,8 @@ SKIP_S: Final = 3.0
 """How long messages are left to the sweep after the broker failed."""
 STALE_S: Final = 1.0
 """A connection that broke while it was idle fails sooner than that."""
+_OLDEST: Final = 3
+"""How many of a queue's oldest messages are looked at: one may be of a job that was claimed by another message."""
 UNCONFIRMED_MAX: Final = 500
 """How many messages go to RabbitMQ before their confirmations are waited for: each wait costs one write to its disk."""
 
@@ -124,6 +129,20 @@ class Confirms:
         if self._refused:
             self._refused = False
             raise KombuError("the broker refused a message")
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """A queue of the broker: how many messages wait, and the jobs of the oldest ones; RabbitMQ does not show those."""
+
+    messages: int
+    oldest: tuple[str, ...] = ()
+
+
+def _job_of(message: bytes) -> str:
+    """The job whose id a message in Redis carries."""
+    args, *_ = json.loads(base64.b64decode(json.loads(message)["body"]))
+    return str(args[0])
 
 
 class Enqueuer:
@@ -250,6 +269,30 @@ class Enqueuer:
             logger.info("the broker answers again")
             self._retry_at = None
         return answer
+
+    async def peek(self, queues: Sequence[str]) -> dict[str, Peek] | None:
+        """What waits in each of some queues, in one turn; None where the broker does not answer, or failed just now."""
+        if self._retry_at is not None and time.monotonic() < self._retry_at:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._peek, queues)
+
+    def _peek(self, queues: Sequence[str]) -> dict[str, Peek] | None:
+        if is_amqp(self._broker_url):
+            counts = {name: self._depth(name) for name in queues}
+            return {name: Peek(count) for name, count in counts.items() if count is not None} or None
+
+        def ask(connection: Any) -> list[Any]:
+            pipe = connection.default_channel.client.pipeline(transaction=False)
+            for name in queues:
+                pipe.llen(name)
+                pipe.lrange(name, -_OLDEST, -1)  # kombu adds on the left
+            return pipe.execute()
+
+        found = self._talk(ask)
+        if found is None:
+            return None
+        pairs = zip(queues, found[::2], found[1::2], strict=True)
+        return {name: Peek(int(count), tuple(_job_of(raw) for raw in rows)) for name, count, rows in pairs}
 
     async def aclose(self) -> None:
         """Wait for what is being sent, then close the connection."""

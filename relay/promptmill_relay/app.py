@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from promptmill.errors import BadRequest, NotFound, StoreUnavailable
+from promptmill.metrics import follow_store
 from promptmill.reading import Hub
+from promptmill.servers import announced
 from promptmill.settings import Settings
 from promptmill.store import Store
 from promptmill_relay.auth import Access
 from promptmill_relay.door import Door
+from promptmill_relay.meters import stream_rows
 from promptmill_relay.problem import Receive, Scope, Send, respond, send_problem
 from promptmill_relay.server import Service
 from promptmill_relay.stream import StreamEndpoint, stream_job
@@ -62,6 +66,7 @@ async def open_relay(settings: Settings) -> AsyncGenerator[Service]:
         Redis cannot be reached, refuses us, or is too old.
     """
     store = await Store.connect(settings.store_url)
+    follow_store(store)
     try:
         hub = Hub(store, keepalive_s=settings.keepalive_s)
         access = Access.of(settings, store)
@@ -69,7 +74,9 @@ async def open_relay(settings: Settings) -> AsyncGenerator[Service]:
         await hub.start()
         try:
             app = Door(RelayApp(streams, store), settings, is_open=access.is_open)
-            yield Service(app, streams, max_connections=settings.max_connections)
+            rows = partial(stream_rows, streams, hub)
+            async with announced(store, "relay", settings.heartbeat_s, streams.facts):
+                yield Service(app, streams, max_connections=settings.max_connections, rows=rows)
         finally:
             await hub.aclose()
     finally:

@@ -12,7 +12,7 @@ from promptmill.cli import exits
 from promptmill.errors import PromptmillError
 from promptmill.extras import require_extras
 from promptmill.lifeline import watch_lifeline
-from promptmill.settings import load_settings
+from promptmill.settings import Settings, load_settings
 
 
 def main(name: str, app_module: str, argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,8 @@ def main(name: str, app_module: str, argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         settings = load_settings(given.config, host=given.host, port=given.port)
-        _log_to_stderr(settings.log_level)
         require_extras(name)
+        _set_up_logs(name, settings)
         from promptmill_relay.server import run  # noqa: PLC0415 - needs the extra
 
         run(name, settings, getattr(import_module(app_module), f"open_{name}"))
@@ -42,11 +42,11 @@ def main(name: str, app_module: str, argv: Sequence[str] | None = None) -> int:
     return exits.OK
 
 
-def _log_to_stderr(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    if level != "debug":
+def _set_up_logs(name: str, settings: Settings) -> None:
+    from promptmill.logs import set_up_logs  # noqa: PLC0415 - needs the extra
+
+    set_up_logs(settings, name)
+    if settings.log_level != "debug":
         # It tells each step of starting and stopping, which we say once ourselves, and warns of every bad request: with
         # that anybody could fill the log.
         logging.getLogger("uvicorn").setLevel(logging.ERROR)

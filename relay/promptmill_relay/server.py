@@ -24,7 +24,9 @@ from typing import Any, Final
 import uvicorn
 import uvloop
 
+from promptmill.metrics import Rows, loop_lag, metrics_port, reading
 from promptmill.settings import Settings, listen_fd
+from promptmill.tracing import flush_tracing, start_tracing
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill.up.listen import bind, check_exposure
 from promptmill_relay.problem import ASGIApp
@@ -51,6 +53,8 @@ class Service:
     background: Sequence[asyncio.Task[Any]] = field(default_factory=tuple)
     max_connections: int = 25_000
     """Never more than the process may open files, less some for everything else."""
+    rows: Callable[[], Rows] = tuple
+    """Figures for operators; see :func:`promptmill.metrics.reading`."""
 
 
 OpenService = Callable[[Settings], AbstractAsyncContextManager[Service]]
@@ -67,25 +71,39 @@ def run(name: str, settings: Settings, open_service: OpenService) -> None:
         ``port_in_use``, or what ``open_service`` raises.
     """
     raise_file_limit()
+    start_tracing(settings, name)
     sock = listening_socket(settings)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(name, settings, sock, open_service))
+        flush_tracing()
     finally:
         sock.close()
 
 
 async def _serve(name: str, settings: Settings, sock: socket.socket, open_service: OpenService) -> None:
     async with open_service(settings) as service:
-        tune_interpreter()
-        server = StreamServer(service)
-        for task in service.background:
-            task.add_done_callback(lambda _: server.stop())
-        logger.info("%s listens on %s", name, _url(sock))
-        await server.serve(sockets=[sock])
-        for task in service.background:
-            if task.done():
-                task.result()
+        with measured(service, settings):
+            await _serve_it(name, service, sock)
+
+
+@contextmanager
+def measured(service: Service, settings: Settings) -> Generator[int | None]:
+    """Serve the figures of a service at the port of the settings while the block runs; yields the port."""
+    with metrics_port(settings) as port, reading(service.rows), loop_lag():
+        yield port
+
+
+async def _serve_it(name: str, service: Service, sock: socket.socket) -> None:
+    tune_interpreter()
+    server = StreamServer(service)
+    for task in service.background:
+        task.add_done_callback(lambda _: server.stop())
+    logger.info("%s listens on %s", name, _url(sock))
+    await server.serve(sockets=[sock])
+    for task in service.background:
+        if task.done():
+            task.result()
 
 
 class StreamServer(uvicorn.Server):

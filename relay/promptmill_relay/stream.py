@@ -25,10 +25,13 @@ from urllib.parse import parse_qsl
 
 from promptmill.errors import BadRequest, NotFound, Overloaded, PromptmillError, StoreUnavailable
 from promptmill.keys import check_job_id
+from promptmill.logs import bound
 from promptmill.reading.frame import END_TYPES
 from promptmill.settings import Settings
+from promptmill.tracing import Kind, Span, job_span
 from promptmill_relay import sse
 from promptmill_relay.auth import Access
+from promptmill_relay.meters import note_stream
 from promptmill_relay.problem import NO_SNIFFING, Headers, Receive, Scope, Send, respond, send_problem
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,9 @@ class EventReader(Protocol):
 
     @property
     def user(self) -> str | None: ...
+
+    @property
+    def trace(self) -> str | None: ...
 
     @property
     def finished(self) -> bool: ...
@@ -132,11 +138,17 @@ class StreamEndpoint:
         self._greeting = sse.retry(settings.retry_ms)
         self._streams: set[_Stream] = set()
         self._stopping = False
+        self.events_sent = 0
+        """To all readers, since this process began."""
 
     @property
     def open_streams(self) -> int:
         """How many readers there are now."""
         return len(self._streams)
+
+    def facts(self) -> tuple[int, int]:
+        """How many readers there are now, and how many events were sent."""
+        return len(self._streams), self.events_sent
 
     def stop(self) -> None:
         """End every stream between two events, and admit no more. Returns at once; the answers end on their own."""
@@ -154,13 +166,15 @@ class StreamEndpoint:
                 await send_problem(send, error, status=405, headers=[allow])
             return
         if len(self._streams) >= self._max_readers:
+            note_stream("refused")
             error = Overloaded("too many readers here", limit=self._max_readers, retry_after_s=_RETRY_WHEN_FULL_S)
             await send_problem(send, error, status=503)
             return
         stream = _Stream()
         self._streams.add(stream)
         try:
-            await self._answer(stream, scope, receive, send)
+            with bound(job_id=_job_id(scope["path"])):
+                await self._answer(stream, scope, receive, send)
         finally:
             self._streams.discard(stream)
 
@@ -170,21 +184,25 @@ class StreamEndpoint:
         except StoreUnavailable as err:
             # EventSource gives up for good on any other status, but after the end of a 200 it comes back.
             logger.warning("a reader is sent away to come again: %s", err)
+            note_stream("come_again")
             await self._come_again(send, "the store cannot be reached")
             return
         except PromptmillError as err:
+            note_stream("refused")
             await send_problem(send, err)
             return
         left = False
         try:
             if reader.finished:
+                note_stream("empty")
                 await respond(send, 204, [(b"cache-control", b"no-store")])
             elif scope["method"] == "HEAD":
                 await respond(send, 200, _HEADERS)
             else:
-                with self._counted(reader.user or user):
-                    left = await self._pass_on(stream, user, reader, receive, send)
+                with self._counted(reader.user or user), job_span(*_traced(scope, reader)) as span:
+                    left = await self._pass_on(stream, user, reader, receive, send, span)
         except Overloaded as err:
+            note_stream("refused")
             await send_problem(send, err)
         finally:
             await reader.aclose()
@@ -224,13 +242,13 @@ class StreamEndpoint:
         return user, reader
 
     async def _pass_on(
-        self, stream: _Stream, user: str | None, reader: EventReader, receive: Receive, send: Send
+        self, stream: _Stream, user: str | None, reader: EventReader, receive: Receive, send: Send, span: Span
     ) -> bool:
         """Until the end, or until somebody goes. True where that was the reader, of a job that it may read."""
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         await send({"type": _BODY, "body": self._greeting, "more_body": True})
         watch = asyncio.create_task(stream.end_when_gone(receive))
-        farewell = b""
+        farewell, outcome = b"", ""
         checked = user is None or reader.user == user
         try:
             async with stream.scope():
@@ -239,13 +257,19 @@ class StreamEndpoint:
                 async for frames in reader if checked else _own(reader, user):
                     over = bool(frames) and frames[-1][1] in END_TYPES
                     await send({"type": _BODY, "body": sse.encode(frames) or sse.KEEPALIVE, "more_body": not over})
+                    self.events_sent += len(frames)
                     if over:
+                        outcome = "ended"
                         return False
         except PromptmillError as err:
             logger.warning("a stream ends early: %s", err)
+            outcome = "interrupted"
             farewell = sse.comment("interrupted: reconnect")
         finally:
             watch.cancel()
+            outcome = outcome or ("stopped" if self._stopping else "left")
+            note_stream(outcome)
+            span.note({"promptmill.stream.outcome": outcome})
         if stream.ended:
             farewell = sse.comment("this server is going away: reconnect")
         if not stream.gone:
@@ -254,6 +278,10 @@ class StreamEndpoint:
 
     async def _come_again(self, send: Send, why: str) -> None:
         await respond(send, 200, _HEADERS, self._greeting + sse.comment(why))
+
+
+def _traced(scope: Scope, reader: EventReader) -> tuple[str, str | None, str, Kind]:
+    return _job_id(scope["path"]), reader.trace, "promptmill.stream", "server"
 
 
 async def _own(reader: EventReader, user: str | None) -> AsyncIterator[Sequence[sse.EventFrame]]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from promptmill.cli import exits
 from promptmill.errors import PromptmillError
-from promptmill.extras import require_extras
 from promptmill_workers.entry import read_arguments
 
 
@@ -15,7 +14,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker until it is told to stop; answers the exit code, one of :mod:`promptmill.cli.exits`."""
     try:
         settings, name, family = read_arguments(argv, "promptmill worker")
-        require_extras("workers")
         from promptmill_workers.process import run_worker  # noqa: PLC0415 - needs the extra
 
         return run_worker(settings, name, family)

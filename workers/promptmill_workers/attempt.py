@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ class Progressing:
     rate: RateInfo | None = None
     """What the provider told of its limits."""
     finished: Finished | None = None
+    began_at: float = field(default_factory=time.monotonic)
+    first_at: float | None = None
+    """When the first token came; both by the monotonic clock, in s."""
     cached: bool = False
     """Whether it was not asked for, but kept from an earlier time."""
 
@@ -34,6 +38,11 @@ class Progressing:
     def text(self) -> str:
         """The tokens, joined."""
         return "".join(self.parts)
+
+    @property
+    def first_s(self) -> float | None:
+        """How long the first token took; None where none came."""
+        return None if self.first_at is None else self.first_at - self.began_at
 
     def note(self, item: UsageUpdate | RateInfo | Finished) -> None:
         """Keep what a backend says beside the text."""
@@ -78,6 +87,7 @@ async def stream(
                     deadlines.touch()
                     into.parts.append(item.text)
                     log.add_text(item.text)
+                    writer.pieces += 1
                     mark(log)
                     if log.full:
                         deadlines.hold()

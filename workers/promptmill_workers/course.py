@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -24,21 +25,21 @@ from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
-from promptmill.store.tries import CLAIM_CHARS
+from promptmill.tracing import Span, span
 from promptmill.traffic import Admission, Traffic
-from promptmill.usage import Booker, keep_try, price, settled_usage
+from promptmill.usage import Booker, keep_try
 from promptmill.usage.estimates import BYTES_PER_TOKEN
 from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
 from promptmill_workers.joblog import JobLog
+from promptmill_workers.meters import note_attempt
 from promptmill_workers.models import Backends
+from promptmill_workers.outcomes import Outcome, backoff_s, describe, said, settle, tell_span
 from promptmill_workers.pauses import Pauses
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-_RETRY_BASE_S: Final = 0.5
-_RETRY_MAX_S: Final = 30.0
 _PATIENCE_S: Final = 5.0
 """A model with a backup behind it is not waited for longer than this."""
 _TRIES_BEFORE_BACKUP: Final = 2
@@ -51,7 +52,6 @@ _CROWD: Final = 4
 """Those who wait for one model take no more than this part of a worker's places."""
 _ANSWER_TOKENS: Final = 500
 """What an answer is taken to need before it is there, where the request sets no bound."""
-MESSAGE_MAX_CHARS: Final = 2_000
 _COUNTED: Final = CLASSES.keys() - {"crashed"}
 """Outcomes that count towards a model's attempts: the loss of a worker is counted apart."""
 
@@ -212,7 +212,9 @@ class Course:
             facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
             await self.booker.asking(self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
             self.current = Current(self.number, route, started, into)
-            error = await self._reported(admission, route, into)
+            about = {"gen_ai.operation.name": "text_completion", "gen_ai.request.model": route.name}
+            with span("promptmill.attempt", "client", {**about, "promptmill.attempt": self.number}) as attempt:
+                error = await self._reported(admission, route, into, attempt)
             self.told_bytes += len(into.text.encode())
             tried += 1
             self.tries.append(self.describe(self.number, route, started, into, error))
@@ -262,18 +264,23 @@ class Course:
             finally:
                 self.waiting[route.name] -= 1
 
-    async def _reported(self, admission: Admission, route: Route, into: Progressing) -> BackendError | None:
+    async def _reported(
+        self, admission: Admission, route: Route, into: Progressing, attempt: Span
+    ) -> BackendError | None:
         """One attempt, whose end is told to the fleet, whatever it is."""
         code, wait_s = "cancelled", None
         try:
-            error = await self._attempt(route, into, admission)
+            error = await self._attempt(route, into, admission, attempt)
             code, wait_s = (error.code, error.retry_after_s) if error else (None, None)
         finally:
+            ended_at = time.monotonic()
             try:
                 settle(self.request, into, route)
             except Exception:
                 # What it cost must not decide whether it counts as answered.
                 logger.exception("the usage of an attempt of job %s cannot be settled", self.job_id)
+            note_attempt(route, Outcome(code, ended_at - into.began_at, into.first_s, into.usage, into.cost_usd))
+            tell_span(attempt, route, into, code)
             usage = into.usage
             if usage is not None:
                 tokens = usage.input_tokens + usage.output_tokens + usage.cache_write_tokens
@@ -305,13 +312,15 @@ class Course:
         else:
             self.booker.soon(self.job_id)
 
-    async def _attempt(self, route: Route, into: Progressing, admission: Admission) -> BackendError | None:
+    async def _attempt(
+        self, route: Route, into: Progressing, admission: Admission, attempt: Span
+    ) -> BackendError | None:
         """One attempt; answers why it failed, or None."""
         try:
             with self.backends.lend(route) as backend:
                 login = self.pauses.check(route, backend)
                 # A model that streams is well: the others need not wait for the end of a long answer.
-                first = partial(self.traffic.alive, admission) if admission.probe else None
+                first = partial(self._first, into, admission, attempt)
                 timeouts = self.settings.timeouts_for(route.config, self.request.timeouts)
                 call = Call(self.job_id, self.number, self.request, timeouts)
                 try:
@@ -328,6 +337,12 @@ class Course:
             logger.exception("backend of model %r crashed", route.name)
             return BackendError(f"the backend crashed: {type(err).__name__}", code="crashed")
         return None
+
+    async def _first(self, into: Progressing, admission: Admission, attempt: Span) -> None:
+        into.first_at = time.monotonic()
+        attempt.event("first token")
+        if admission.probe:
+            await self.traffic.alive(admission)
 
     def _fall_back(self, ended: Ended, to: Route) -> None:
         error = ended.error
@@ -351,49 +366,3 @@ def left_of(decision: Decision, chain: list[str] | None) -> list[Route]:
     left = [route for route in decision.routes if route.name in chain]
     # The registry changed meanwhile, and none of them is left: what it says now counts.
     return left or list(decision.routes)
-
-
-def said(error: BackendError) -> str:
-    """An error for readers' progress, bounded."""
-    return f"{error.code}: {error.message}"[:MESSAGE_MAX_CHARS]
-
-
-def backoff_s(error: BackendError, tried: int) -> float:
-    """Full jitter, so that jobs that failed together do not come back together; no less than the provider asked for."""
-    wait_s = random.uniform(0, min(_RETRY_BASE_S * 2 ** (tried - 1), _RETRY_MAX_S))  # noqa: S311 - no secret
-    if error.retry_after_s is not None:
-        wait_s = min(max(wait_s, error.retry_after_s), _RETRY_MAX_S)
-    return wait_s
-
-
-def settle(request: JobRequest, into: Progressing, route: Route) -> None:
-    """What an attempt used, estimated where nobody counted, and what that costs where its provider did not say."""
-    size = len(into.text.encode())
-    into.usage = settled_usage(request, into.usage, size, whole=into.finished is not None, model=route.name)
-    if into.usage is not None and into.cost_usd is None:
-        cost = price(route.config, into.usage)
-        into.cost_usd = float(cost) if cost is not None else None
-
-
-def describe(
-    number: int, route: Route, started: datetime, into: Progressing, error: PromptmillError | None, claim: str
-) -> dict[str, Any]:
-    """What :class:`~promptmill.contract.Attempt` reads; built by hand because this runs for every job."""
-    request_id = getattr(error, "provider_request_id", None) or (
-        into.finished.provider_request_id if into.finished else None
-    )
-    fields = {
-        "attempt": number,
-        "claim": claim[:CLAIM_CHARS],
-        "model": route.name,
-        "backend": route.config.type,
-        "slot": route.slot,
-        "outcome": error.code if error else "succeeded",
-        "message": error.message[:MESSAGE_MAX_CHARS] if error else None,
-        "started_at": started.isoformat(),
-        "finished_at": datetime.now(UTC).isoformat(),
-        "usage": into.usage.model_dump() if into.usage else None,
-        "cost_usd": into.cost_usd,
-        "provider_request_id": request_id,
-    }
-    return {name: value for name, value in fields.items() if value is not None}

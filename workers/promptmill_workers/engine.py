@@ -140,13 +140,15 @@ class Engine:
         begin = Begin()
         future = asyncio.run_coroutine_threadsafe(self._serve(job_id, queue, begin), self._loop)
         if not self.turning.begins(begin):
-            logger.warning("the event loop does not turn: the message of job %s goes back", job_id)
+            logger.warning(
+                "the event loop does not turn: the message of job %s goes back", job_id, extra={"job_id": job_id}
+            )
             self.enqueuer.send_from_thread([(job_id, queue)])
             return
         try:
             future.result()
         except CancelledError:
-            logger.info("job %s was not begun here: the worker stops", job_id)
+            logger.info("job %s was not begun here: the worker stops", job_id, extra={"job_id": job_id})
 
     async def _serve(self, job_id: str, queue: str, begin: Begin | None = None) -> None:
         if begin is not None:
@@ -215,22 +217,27 @@ class Engine:
 
     async def _beat(self) -> None:
         self._count += 1
-        running = len(self.runner.running)
         await beat(
             self.store,
             self.worker_id,
             self._count,
             self.state,
             self.settings.heartbeat_s,
-            running=running,
+            running=len(self.runner.running),
             concurrency=self.settings.concurrency,
             pid=os.getpid(),
             family=self.family,
             level=self.level,
             paused=self.runner.pauses.names,
             registry=self.runner.registry.version,
+            **self.runner.counts.told(self.writer.pieces),
         )
         self._beaten_at = self._loop.time()
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Since the last heartbeat that the store took."""
+        return self._loop.time() - self._beaten_at
 
     # -- the registry -------------------------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
-import sys
 from collections.abc import Sequence
 
 from promptmill.errors import ConfigError
+from promptmill.extras import require_extras
 from promptmill.live import families_of
 from promptmill.queues import API_FAMILY
 from promptmill.settings import Settings, load_settings
@@ -33,12 +32,12 @@ def read_arguments(argv: Sequence[str] | None, program: str) -> tuple[Settings, 
         _check_live_family(settings, args.family)
     concurrency = args.concurrency or settings.concurrency_of(args.family)
     settings = settings.model_copy(update={"concurrency": concurrency})
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    return settings, args.name or args.family, args.family
+    name = args.name or args.family
+    require_extras("workers")
+    from promptmill.logs import set_up_logs  # noqa: PLC0415 - needs the extra
+
+    set_up_logs(settings, name)
+    return settings, name, args.family
 
 
 def _check_live_family(settings: Settings, family: str) -> None:

@@ -46,7 +46,11 @@ class Orphans:
                 # The hint that takes it off went astray.
                 self._store.forget_claim(job_id, self._worker_id)
             else:
-                logger.warning("job %s runs here by its record, and does not: it goes back to the queue", job_id)
+                logger.warning(
+                    "job %s runs here by its record, and does not: it goes back to the queue",
+                    job_id,
+                    extra={"job_id": job_id},
+                )
                 await self._watcher.release([job_id], claims={job_id: claim.decode()}, reason=_REASON)
                 self._store.forget_claim(job_id, self._worker_id)
 

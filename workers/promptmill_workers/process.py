@@ -17,10 +17,13 @@ from typing import Final, NoReturn
 import uvloop
 
 from promptmill.lifeline import watch_lifeline
+from promptmill.metrics import follow_store, loop_lag, metrics_port
 from promptmill.settings import Settings
+from promptmill.tracing import flush_tracing, start_tracing
 from promptmill.tuning import raise_file_limit, tune_interpreter
 from promptmill_workers.consumer import Consumer
 from promptmill_workers.engine import Engine
+from promptmill_workers.meters import measured
 from promptmill_workers.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ def run_worker(settings: Settings, name: str, family: str) -> int:
     """
     watch_lifeline()
     prepare_process(settings)
+    start_tracing(settings, "worker")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_to_the_end(settings, name, family))
 
@@ -82,12 +86,19 @@ async def _main(settings: Settings, name: str, family: str) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, terms.put_nowait, number)
     engine = await Engine.start(settings, name, family)
+    with metrics_port(settings), measured(engine), loop_lag():
+        follow_store(engine.store)
+        return await _work(engine, settings, terms)
+
+
+async def _work(engine: Engine, settings: Settings, terms: asyncio.Queue[int]) -> int:
+    loop = asyncio.get_running_loop()
     watchdog = Watchdog(settings.loop_stall_s)
     watchdog.start()
     consumer = Consumer(engine, settings, lambda: _call_soon(loop, engine))
     tune_interpreter()
     consumer.start()
-    logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, family, settings.concurrency)
+    logger.info("worker %s started, family %s, concurrency %d", engine.worker_id, engine.family, settings.concurrency)
     code = await _until_stopped(engine, consumer, terms)
     consumer.pause()
     end = loop.call_later(settings.drain_s + _END_S, _give_up, code)
@@ -105,6 +116,7 @@ async def _main(settings: Settings, name: str, family: str) -> int:
     # Bounded: Celery waits for its threads without limit, and nothing runs in them any more.
     await asyncio.wait({asyncio.ensure_future(asyncio.to_thread(consumer.stop))}, timeout=_CONSUMER_STOP_S)
     await engine.aclose()
+    await asyncio.to_thread(flush_tracing)
     watchdog.stop()
     end.cancel()
     logger.info("worker %s ended", engine.worker_id)

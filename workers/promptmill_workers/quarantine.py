@@ -27,6 +27,7 @@ from typing import Any, Final, Self
 
 from promptmill.errors import ConfigError
 from promptmill.settings import Settings, addresses_to_hand_on, child_environment
+from promptmill_workers.meters import note_alone
 
 logger = logging.getLogger(__name__)
 
@@ -178,13 +179,20 @@ class Quarantine:
                 nursery = await self._ready()
             except NotStarted as err:
                 # The job stays in the queue, and the sweep sends its message again.
-                logger.error("no quarantine process for job %s: %s", job_id, err)  # noqa: TRY400 - it says all there is
+                logger.error("no quarantine process for job %s: %s", job_id, err, extra={"job_id": job_id})  # noqa: TRY400 - it says all there is
+                note_alone("not_started")
                 return
             run = nursery.run(job_id)
             try:
                 status = await asyncio.shield(run.status)
             except _Gone as err:
-                logger.warning("job %s is left to the watchers, all quarantine processes ended: %s", job_id, err)
+                logger.warning(
+                    "job %s is left to the watchers, all quarantine processes ended: %s",
+                    job_id,
+                    err,
+                    extra={"job_id": job_id},
+                )
+                note_alone("broke")
             except asyncio.CancelledError:
                 await asyncio.shield(self._keep(nursery.hand_back(run)))
                 raise
@@ -205,13 +213,24 @@ class Quarantine:
     async def _judge(self, run: _Run, job_id: str, status: int) -> None:
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         if status == 0:
-            logger.info("job %s ran alone in %s", job_id, run.worker_id)
+            note_alone("ended")
+            logger.info("job %s ran alone in %s", job_id, run.worker_id, extra={"job_id": job_id})
         elif not run.worker_id:
-            logger.error("no quarantine process for job %s: %s", job_id, how)
+            note_alone("not_started")
+            logger.error("no quarantine process for job %s: %s", job_id, how, extra={"job_id": job_id})
         elif status == EXIT_BROKEN:
-            logger.error("quarantine process %s broke: job %s is left to the watchers", run.worker_id, job_id)
+            note_alone("broke")
+            logger.error(
+                "quarantine process %s broke: job %s is left to the watchers",
+                run.worker_id,
+                job_id,
+                extra={"job_id": job_id},
+            )
         else:
-            logger.error("quarantine process %s died of job %s: %s", run.worker_id, job_id, how)
+            note_alone("died")
+            logger.error(
+                "quarantine process %s died of job %s: %s", run.worker_id, job_id, how, extra={"job_id": job_id}
+            )
             await self._convict(run.worker_id)
 
     def _rest(self, nursery: _Nursery) -> None:

@@ -41,6 +41,7 @@ import uvloop
 
 from promptmill.errors import BackendError, ConfigError, MissingExtra, PromptmillError
 from promptmill.settings import Settings
+from promptmill.tracing import flush_tracing, start_tracing
 from promptmill.usage import warm
 from promptmill_workers.child import take_output
 from promptmill_workers.engine import Engine
@@ -196,6 +197,7 @@ class _Nursery:
         asyncio.get_running_loop().add_signal_handler(_STOP_SIGNAL, stop.set)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {_STOP_SIGNAL})
         settings = self._settings
+        start_tracing(settings, "quarantine")  # here, for its threads would not survive the fork
         engine = await Engine.start(settings, self._name, self._family, alone=True)
         # Before others take its silence for a death that nobody saw: then a job that stalls it would not be convicted.
         watchdog = Watchdog(min(settings.loop_stall_s, settings.dead_after_s * _SILENCE))
@@ -204,6 +206,7 @@ class _Nursery:
         code = await self._serve(engine, job_id, stop)
         await engine.hand_back()
         await engine.aclose()
+        await asyncio.to_thread(flush_tracing)
         watchdog.stop()
         return code
 

@@ -12,67 +12,46 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import orjson
 
 from promptmill import keys
-from promptmill.contract import Done, Error, ErrorInfo, JobRequest, Progress
+from promptmill.contract import JobRequest, Progress
 from promptmill.errors import BackendError, BadRequest, PromptmillError, StoreUnavailable
 from promptmill.heartbeat import ready_workers
+from promptmill.logs import bound
 from promptmill.registry import Registry
 from promptmill.routing import Decision, Route, decide
 from promptmill.settings import Settings
 from promptmill.store import Claimed, ClaimRefusal, Store
 from promptmill.store.head import record_ttl_ms
 from promptmill.store.tries import CLAIM_CHARS
+from promptmill.tracing import Span, job_span, note_wait
 from promptmill.traffic import Traffic
 from promptmill.usage import Booker
 from promptmill.watch import Watcher
 from promptmill_workers.attempt import Progressing
 from promptmill_workers.caching import AnswerCache
-from promptmill_workers.course import MESSAGE_MAX_CHARS, Course, Ended, HandedOn
+from promptmill_workers.counts import Counts
+from promptmill_workers.course import Course, Ended, HandedOn
+from promptmill_workers.ends import End, failure, success
 from promptmill_workers.joblog import JobLog
+from promptmill_workers.meters import note_claim, note_end, note_fenced, note_stop
 from promptmill_workers.models import Backends
 from promptmill_workers.pauses import Pauses
+from promptmill_workers.running import RunningJob
 from promptmill_workers.tally import Tally
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-StopReason = Literal["taken", "handback"]
-
 _STORE_BACKOFF_MAX_S: Final = 2.0
 
 
 async def _refused_alone(job_id: str) -> None:
     raise RuntimeError(f"job {job_id} was refused to a process that runs it alone")
-
-
-class RunningJob:
-    """A claim that this process holds, and the task that serves it."""
-
-    __slots__ = ("batch", "claim", "course", "ending", "job_id", "log", "stop_reason", "task", "tries")
-
-    def __init__(self, job_id: str, claim: str, log: JobLog, claimed: Claimed) -> None:
-        self.job_id = job_id
-        self.batch = claimed.record.batch
-        self.claim = claim
-        self.log = log
-        self.tries = claimed.tries
-        self.course: Course | None = None
-        self.task = asyncio.current_task()
-        self.stop_reason: StopReason | None = None
-        self.ending = False
-        """All that is left to do is to store its end: handed back now, a whole answer would be paid for again."""
-
-    def stop(self, reason: StopReason) -> None:
-        """End it from outside; the task closes its backend before it returns."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-            if self.task is not None:
-                self.task.cancel()
 
 
 class Runner:
@@ -98,6 +77,7 @@ class Runner:
         self.booker = Booker(store, lambda: self.registry, settings.ledger_retention_s)
         self.tally = Tally(store)
         self.cache = AnswerCache(store, settings.cache_ttl_s)
+        self.counts = Counts()
         self.running: dict[str, RunningJob] = {}
         self.claiming: dict[str, str] = {}
         """Claims whose replies are on their way, which may hold by now: token to job id."""
@@ -118,7 +98,13 @@ class Runner:
     def _tell_operators(self, event: dict[str, Any]) -> None:
         self._store.wire.tell([("PUBLISH", keys.OPERATORS, orjson.dumps(event))])
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs here wait for a model's limits."""
+        return self._waiting.total()
+
     def _on_fenced(self, log: JobLog) -> None:
+        note_fenced()
         job = self.running.get(log.job_id)
         if job is not None and job.log is log:
             job.stop("taken")
@@ -137,6 +123,10 @@ class Runner:
 
     async def run(self, job_id: str) -> None:
         """Serve one message: claim the job if it still waits, and run it to its end."""
+        with bound(job_id=job_id):
+            await self._serve(job_id)
+
+    async def _serve(self, job_id: str) -> None:
         claim = keys.new_token()
         self.claiming[claim] = job_id
         try:
@@ -145,12 +135,20 @@ class Runner:
             taken = claim in self._taken
             self._taken.discard(claim)
             del self.claiming[claim]
+        note_claim(claimed)
         if claimed == "alone":
             await self._in_quarantine(job_id)
         if isinstance(claimed, str):
             return
+        record = claimed.record
+        note_wait(job_id, record.trace, record.st["queued"], claimed.epoch)
+        about = {"promptmill.worker": self._worker_id, "promptmill.claims": record.st["attempts"]}
+        with job_span(job_id, record.trace, "promptmill.run", "consumer", about) as span:
+            await self._run(job_id, claim, claimed, span, taken=taken)
+
+    async def _run(self, job_id: str, claim: str, claimed: Claimed, span: Span, *, taken: bool) -> None:
         log = self._writer.open(job_id, claim, claimed.epoch)
-        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed)
+        job = self.running[job_id] = RunningJob(job_id, claim, log, claimed, span)
         if taken:
             job.stop("taken")
         try:
@@ -160,6 +158,9 @@ class Runner:
                 raise
             # Ours: the claim was taken from us, or is handed back by who stopped us.
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
+            note_stop(job.stop_reason)
+            span.note({"promptmill.stopped": job.stop_reason})
+            self.counts.note("stopped")
             self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
@@ -330,43 +331,16 @@ class Runner:
     # -- ends ---------------------------------------------------------------------------------------------------
 
     async def _succeed(self, job: RunningJob, ended: Ended, course: Course) -> None:
-        into, route = ended.into, ended.route
-        done = Done(
-            text=into.text,
-            usage=into.usage,
-            cost_usd=into.cost_usd,
-            backend=route.config.type,
-            model=route.name,
-            finish_reason=into.finished.reason if into.finished else None,
-            attempt=course.number,
-            cached=into.cached or None,
-        )
-        end = done.model_dump(mode="json", exclude={"type"}, exclude_none=True)
-        await self._end(job, "succeeded", done.to_json(), end, course.tries)
-        if course.request.cache and not into.cached:
-            self.cache.keep(course.request, route, into)
+        await self._end(job, success(ended, course), course.tries)
+        if course.request.cache and not ended.into.cached:
+            self.cache.keep(course.request, ended.route, ended.into)
 
     async def _fail(
         self, job: RunningJob, error: PromptmillError, into: Progressing, route: Route | None, course: Course | None
     ) -> None:
-        info = ErrorInfo.model_validate({**error.to_dict(), "message": error.message[:MESSAGE_MAX_CHARS]})
-        event = Error(code=info.code, message=info.message, retryable=info.retryable)
-        end: dict[str, Any] = {
-            "error": info.model_dump(exclude_none=True),
-            # What readers saw stays readable: tokens joined equal the stored text for failures too.
-            "text": into.text or None,
-            "usage": into.usage.model_dump() if into.usage else None,
-            "cost_usd": into.cost_usd,
-        }
-        if course is not None:
-            end["attempt"] = course.number
-        if route is not None:
-            end |= {"model": route.name, "backend": route.config.type}
-        await self._end(job, "failed", event.to_json(), end, course.tries if course else job.tries)
+        await self._end(job, failure(error, into, route, course), course.tries if course else job.tries)
 
-    async def _end(
-        self, job: RunningJob, state: str, event: bytes, end: dict[str, Any], tries: list[dict[str, Any]]
-    ) -> None:
+    async def _end(self, job: RunningJob, end: End, tries: list[dict[str, Any]]) -> None:
         """All tokens first, then the end, in one script. Repeated until the store answers."""
         job.ending = True
 
@@ -374,16 +348,25 @@ class Runner:
             await self._writer.settle(job.log)
             try:
                 serial = self._writer.serial
-                return await self._store.finish(job.job_id, job.claim, state, event, end, tries, serial=serial)
+                return await self._store.finish(
+                    job.job_id, job.claim, end.state, end.event, end.fields, tries, serial=serial
+                )
             except StoreUnavailable:
                 self._writer.suspect()
                 raise
 
         if await self.patiently(finish):
+            self.counts.note(end.state, end.code)
             self.booker.soon(job.job_id)
             if job.batch is not None:
-                self.tally.note(job.batch, state, end, tries)
+                self.tally.note(job.batch, end.state, end.fields, tries)
+            model, backend = end.fields.get("model") or "", end.fields.get("backend") or ""
+            note_end(end.state, end.code, model, backend, job.priority, job.age_s)
+            job.span.note({"promptmill.job.state": end.state})
+            if end.code is not None:
+                job.span.fail(end.code)
             return
+        self.counts.note("stopped")
         logger.info("job %s was ended or taken by somebody else", job.job_id)
         self._tell_late(job)
 

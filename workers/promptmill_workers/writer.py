@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -28,6 +29,8 @@ _QUIET_PAUSE_S: Final = 0.250
 _JOBS_PER_WRITE: Final = 500
 _BACKOFF_MAX_S: Final = 1.0
 
+_APPEND_HEAD: Final = 9
+"""What stands before the events in a command that writes them."""
 _EVALSHA: Final = b"EVALSHA"
 _SHA: Final = APPEND.sha.encode()
 
@@ -44,10 +47,15 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._ticker: asyncio.TimerHandle | None = None
         self._verified = asyncio.Event()
+        self.pieces = 0
+        """How many pieces of text came from backends."""
         self.serial = 0
         """The connection on which the store was asked what it has. Another may lead to a server that lost its tail."""
         self.on_fenced: Any = None
         """Called with the log of a job whose claim turned out to be no longer ours."""
+        self.on_written: Callable[[int, float], None] = lambda _events, _lag_s: None
+        """Told after each write how many events it had, and for how long the first of them had been due."""
+        self._due_since: float | None = None
 
     def start(self) -> None:
         """Begin to write."""
@@ -88,8 +96,18 @@ class Writer:
             if self._ticker is None:
                 self._ticker = asyncio.get_running_loop().call_later(_QUIET_PAUSE_S, self._quiet_due)
         else:
-            self._dirty.append(log)
-            self._wake.set()
+            self._add_due(log)
+
+    def _add_due(self, log: JobLog) -> None:
+        if self._due_since is None:
+            self._due_since = asyncio.get_running_loop().time()
+        self._dirty.append(log)
+        self._wake.set()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What all jobs have to tell that the store does not have. May be asked from any thread."""
+        return sum(log.unsent_bytes for log in tuple(self._open))
 
     async def settle(self, log: JobLog) -> None:
         """Return once the store has everything of ``log``, or never will (then ``log.fenced`` or ``log.lost``)."""
@@ -98,8 +116,7 @@ class Writer:
             self.suspect()
         if log in self._quiet:
             self._quiet.remove(log)
-            self._dirty.append(log)
-            self._wake.set()
+            self._add_due(log)
         while True:
             await self._verified.wait()
             if log.settled:
@@ -114,9 +131,8 @@ class Writer:
     def _quiet_due(self) -> None:
         self._ticker = None
         due, self._quiet = self._quiet, []
-        if due:
-            self._dirty += due
-            self._wake.set()
+        for log in due:
+            self._add_due(log)
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -149,6 +165,7 @@ class Writer:
     async def _write(self) -> int:
         """Write what is due; answers how many jobs had something. Logs stay dirty where it fails."""
         batch = self._dirty[:_JOBS_PER_WRITE]
+        began = asyncio.get_running_loop().time()
         commands: list[Command] = []
         carried: list[tuple[JobLog, int]] = []
         for log in batch:
@@ -166,7 +183,12 @@ class Writer:
                 replies = (await self._wire.many_on(self.serial, [(b"SCRIPT", b"LOAD", APPEND.source), *commands]))[1:]
         else:
             replies = []
+        if commands:
+            lag_s = asyncio.get_running_loop().time() - (self._due_since or began)
+            self.on_written(sum(len(command) - _APPEND_HEAD for command in commands), lag_s)
         del self._dirty[: len(batch)]
+        if len(batch) < _JOBS_PER_WRITE:  # else some found no room in this write
+            self._due_since = began if self._dirty else None
         for log in batch:
             log.dirty = False
         refused: ResponseError | None = None
@@ -192,7 +214,7 @@ class Writer:
             if self.on_fenced is not None:
                 self.on_fenced(log)
         elif reply == GONE:
-            logger.warning("the log of job %s is gone from the store", log.job_id)
+            logger.warning("the log of job %s is gone from the store", log.job_id, extra={"job_id": log.job_id})
             log.lost = True
             log.release()
         else:
@@ -204,7 +226,7 @@ class Writer:
     def _requeue(self, log: JobLog) -> None:
         if not log.dirty:
             log.dirty = True
-            self._dirty.append(log)
+            self._add_due(log)
 
     async def _rewind_all(self) -> None:
         """Ask the store for the last event of every open log, and set back those whose tail it lost."""

@@ -39,6 +39,7 @@ from promptmill.queues import queue_for
 from promptmill.reading import Hub
 from promptmill.settings import Settings
 from promptmill.store import Store, Submission
+from promptmill.tracing import submitting
 from promptmill.usage.budgets import check_budgets
 from promptmill.usage.report import UsageReport, read_usage
 
@@ -205,9 +206,11 @@ class AsyncProducer:
         store = await self.store()
         await store.durable.check(self.settings.durability)
         submissions = [replace(await self._submission(store, r), note=warnings.get(r.user)) for r in requests]
-        waiting = await store.submit(submissions)
-        await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
-        await store.durable.confirm(self.settings.durability)
+        with submitting([s.job_id for s in submissions]) as traces:
+            submissions = [replace(s, trace=trace) for s, trace in zip(submissions, traces, strict=True)]
+            waiting = await store.submit(submissions)
+            await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
+            await store.durable.confirm(self.settings.durability)
         return [AsyncJob(self, s.job_id) for s in submissions]
 
     def _sender(self) -> Enqueuer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Protocol
 
 from promptmill.store import Store
@@ -47,6 +48,8 @@ class Subscriptions(Protocol):
     """A hub as its readers see it."""
 
     store: Store
+    counted: Counter[str]
+    """What readers did, for operators: ``replays`` (reads of a log), ``gaps``, ``overflows``."""
 
     def attach(self, reader: Listener) -> Channel:
         """Join the job's channel; ``acked`` says from when on its messages arrive."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import Counter
 from typing import Any, Final, cast
 
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -40,6 +41,8 @@ class Hub:
     def __init__(self, store: Store, *, keepalive_s: float = 20.0) -> None:
         self.store = store
         self.keepalive_s = keepalive_s
+        self.counted: Counter[str] = Counter()
+        """Since the start: ``replays``, ``gaps`` and ``overflows`` of readers, ``connections`` of ours."""
         self._channels: dict[bytes, Channel] = {}
         self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -65,9 +68,14 @@ class Hub:
         self._tasks = []
 
     @property
+    def channels(self) -> int:
+        """How many jobs are followed."""
+        return len(self._channels)
+
+    @property
     def readers(self) -> int:
         """How many readers are open."""
-        return sum(len(c.readers) for c in self._channels.values())
+        return sum(len(c.readers) for c in tuple(self._channels.values()))
 
     async def open(self, job_id: str, after: str | None = None) -> Reader:
         """A reader of a job's events behind ``after`` (``<epoch>-<n>``; None is the beginning).
@@ -89,7 +97,7 @@ class Hub:
             if record is None:
                 raise NotFound(f"there is no job {job_id}", field="id")
         except StoreUnavailable as err:
-            logger.warning("reader of %s waits: %s", job_id, err)
+            logger.warning("reader of %s waits: %s", job_id, err, extra={"job_id": job_id})
             record = None
         await self.start()
         return Reader(self, job_id, last, record)
@@ -151,6 +159,7 @@ class Hub:
     def _resubscribe(self, link: Link) -> None:
         self._heard_at = asyncio.get_running_loop().time()
         self._link = link
+        self.counted["connections"] += 1
         for name in [n for n, c in self._channels.items() if not c.readers]:
             del self._channels[name]
         names = list(self._channels)

@@ -39,6 +39,8 @@ class Reader:
         self.job_id = job_id
         self.user = record.user if record else None
         """The job's owner; None while Redis is away."""
+        self.trace = record.trace if record else None
+        """The trace of its submitter, where it told one."""
         end_id = record.end_id if record else None
         self.finished = bool(end_id and after and after >= end_id)
         """True where ``after`` is the end event already: there is nothing to read."""
@@ -79,7 +81,7 @@ class Reader:
                 try:
                     batch = await self._catch_up()
                 except StoreUnavailable as err:
-                    logger.debug("reader of %s waits: %s", self.job_id, err)
+                    logger.debug("reader of %s waits: %s", self.job_id, err, extra={"job_id": self.job_id})
                     self._reread = True
                     await self._pause(backoff)
                     backoff = min(backoff * 2, _BACKOFF_MAX_S)
@@ -118,6 +120,7 @@ class Reader:
         if len(self._queue) >= _QUEUE_MAX:
             self._queue.clear()
             self._reread = True
+            self._hub.counted["overflows"] += 1
         else:
             self._queue.append(message)
         self._wake.set()
@@ -158,6 +161,7 @@ class Reader:
                     break
             elif EventId.read(event_id) > self._last or data[9:14] in {b'done"', b"error", b"cance"}:
                 # A gap, a new epoch, a large event, or an end that stands before what we were told to resume from.
+                self._hub.counted["gaps"] += 1
                 self._reread = True
                 queue.clear()
         return batch
@@ -170,6 +174,7 @@ class Reader:
         # Cleared before the read: what is offered from now on may be newer than what the read returns.
         self._reread = False
         self._queue.clear()
+        self._hub.counted["replays"] += 1
         entries, exists, more, known = await self._hub.store.resume_log(self.job_id, self._last)
         if self.user is None:
             # Redis was away when we were opened: whose job this is, is known only now.

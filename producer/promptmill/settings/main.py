@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     max_connections: Annotated[int, Field(gt=0)] = 25_000
     """Of one gateway or relay; fewer where the process may not open so many files."""
     metrics_host: str = "127.0.0.1"
-    metrics_port: int | None = None
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Where this process serves Prometheus its figures, on a port of its own; None: nowhere."""
     disconnect_grace_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10
     """How long a reader of a job with ``cancel_on_disconnect`` may be away."""
@@ -124,6 +124,10 @@ class Settings(BaseSettings):
 
     data_dir: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    """For people, or one JSON object a line."""
+    otlp_endpoint: str | None = None
+    """Where spans go, as OTLP over HTTP: the address without ``/v1/traces``; None: nowhere."""
     config_file: Path | None = None
     """The file that was read; set by :func:`load_settings`."""
 

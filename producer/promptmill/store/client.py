@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, Literal, Self
@@ -74,6 +74,8 @@ class Store:
         """The shared connection of everything that happens per job or per token."""
         self.address = address
         self.durable = Durable(redis, address)
+        self.note: Callable[[str, str], None] = lambda _act, _detail: None
+        """Told of what was done here: ``submitted`` a priority, ``requeued`` a phase, an end's state its error code."""
 
     @classmethod
     async def connect(cls, url: str, *, max_connections: int = 64) -> Self:
@@ -194,6 +196,8 @@ class Store:
                     )
         commands.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
         replies = await self.ask(commands + trims)
+        for job in jobs:
+            self.note("submitted", job.request.priority)
         return [replies[i * _COMMANDS_PER_SUBMIT + 1][2] == b"queued" for i in range(len(jobs))]
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -333,6 +337,8 @@ class Store:
         )
         if reply[0] == b"missing":
             raise NotFound(f"there is no job {job_id}", field="id")
+        if reply[0] == b"ok":
+            self.note(state, "expired" if state == "expired" else "")
         return reply[0] == b"ok"
 
     async def requeue(
@@ -389,4 +395,7 @@ class Store:
             ALONE_AFTER,
             _ms(keys.DEAD_TTL),
         )
-        return reply[0].decode()
+        outcome: str = reply[0].decode()
+        if outcome in {"queued", "failed"}:
+            self.note(*(("requeued", phase) if outcome == "queued" else ("failed", error.code)))
+        return outcome

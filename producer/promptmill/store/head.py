@@ -24,7 +24,9 @@ def record_ttl_ms(timeouts: Timeouts, max_attempts: int) -> int:
     return int((queue_s + max_attempts * total_s) * 1000) + _RECORD_SLACK_MS
 
 
-def pack_head(request: JobRequest, queue: str, batch: tuple[str, int, str] | None = None) -> bytes:
+def pack_head(
+    request: JobRequest, queue: str, batch: tuple[str, int, str] | None = None, trace: str | None = None
+) -> bytes:
     """The immutable small facts of a job, read without touching its request."""
     facts: dict[str, Any] = {
         "user": request.user,
@@ -39,6 +41,8 @@ def pack_head(request: JobRequest, queue: str, batch: tuple[str, int, str] | Non
         facts["tied"] = True
     if batch is not None:
         facts["batch"] = batch
+    if trace is not None:
+        facts["trace"] = trace
     return orjson.dumps(facts)
 
 
@@ -75,6 +79,11 @@ class Record:
         """The batch that it is a line of: its id, the line's index and the caller's name of it."""
         batch = self.head.get("batch")
         return (batch[0], batch[1], batch[2]) if batch else None
+
+    @property
+    def trace(self) -> str | None:
+        """The trace that its submitter began, as W3C's ``traceparent``; see :mod:`promptmill.tracing`."""
+        return self.head.get("trace")
 
     @property
     def queue(self) -> str:

@@ -26,6 +26,8 @@ class Submission:
     """Told to its readers with the ``queued`` event."""
     batch: tuple[str, int, str] | None = None
     """The batch that it is a line of: id, index and the caller's name of the line."""
+    trace: str | None = None
+    """Its submitter's span, as a ``traceparent``."""
 
     @property
     def life_ms(self) -> int:
@@ -45,7 +47,7 @@ class Submission:
             keys.log(self.job_id),
             keys.channel(self.job_id),
             keys.new_token(),
-            pack_head(self.request, self.queue, self.batch),
+            pack_head(self.request, self.queue, self.batch, self.trace),
             self.request.to_json(),
             _QUEUED if self.note is None else Progress(phase="queued", message=self.note).to_json(),
             self.life_ms,

@@ -239,7 +239,8 @@ class Part:
         text = line[:_LINE_BYTES].decode("utf-8", "replace").rstrip()
         if text:
             self.tail.append(text)
-            self._tell(f"{self.spec.name} | {text}")
+            # A line of JSON says whose it is, and must stay one.
+            self._tell(text if text.startswith("{") else f"{self.spec.name} | {text}")
 
 
 def _signal_group(group: int, number: int) -> None:

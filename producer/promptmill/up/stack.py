@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import sys
@@ -160,11 +161,15 @@ class Stack:
             "concurrency": settings.concurrency,
             "data_dir": data_dir.path,
         }
+        first = settings.metrics_port
+        # The gateway has the port itself, the workers those behind it.
+        ports = itertools.repeat(first) if not first else itertools.count(first)
+        gateway_shared = shared | {"metrics_port": next(ports)}
         workers = [
             PartSpec(
                 name=name,
                 command=(sys.executable, "-m", "promptmill_workers", "--name", name, "--family", family, *config),
-                env=child_environment(shared, lifeline_fd=supervisor.lifeline),
+                env=child_environment(shared | {"metrics_port": next(ports)}, lifeline_fd=supervisor.lifeline),
                 stop_order=1,
                 # The worker hands its jobs back when drain_s is over, and is gone 20 s later, whatever does not answer.
                 stop_s=settings.drain_s + _HAND_BACK_S,
@@ -175,7 +180,7 @@ class Stack:
         gateway = PartSpec(
             name="gateway",
             command=(sys.executable, "-m", "promptmill_gateway", *config),
-            env=child_environment(shared, lifeline_fd=supervisor.lifeline, listen_fd=listener.fileno()),
+            env=child_environment(gateway_shared, lifeline_fd=supervisor.lifeline, listen_fd=listener.fileno()),
             fds=(listener.fileno(),),
             stop_order=2,
             stop_s=_GATEWAY_STOP_S,

@@ -74,7 +74,7 @@ async def _book(store: Store, registry: Registry, retention_s: float, job_ids: S
             raise
         except Exception:
             # One record that only a newer version reads must not stop the books of all others.
-            logger.exception("the usage of job %s cannot be read", job_id)
+            logger.exception("the usage of job %s cannot be read", job_id, extra={"job_id": job_id})
             done, found = False, []
         entries += found
         if done and score is not None:

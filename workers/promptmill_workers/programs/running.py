@@ -9,6 +9,7 @@ import secrets
 import signal
 import socket
 import sys
+from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from promptmill_workers.programs.pipes import Feeder, Output, Tail
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+counted: Final[Counter[str]] = Counter()
+"""Programs of this process since its start: ``started``, ``ended`` (nothing of them is left), ``killed`` (by us)."""
 
 STDERR_TAIL_BYTES: Final = 65536
 _SLACK_S: Final = 5.0
@@ -185,6 +189,7 @@ class Running:
             word, _, rest = line.decode("utf-8", "replace").partition(" ")
             if word == "exec":
                 self.pid = int(rest)
+                counted["started"] += 1
                 if not self._started.done():
                     self._started.set_result(None)
             elif word == "failed":
@@ -203,6 +208,8 @@ class Running:
 
     async def close(self) -> None:
         """End it, and return when nothing of it is left, however often this is cancelled meanwhile. Bounded."""
+        if self.pid and self.status is None:
+            counted["killed"] += 1
         await to_the_end(self._end())
 
     async def _end(self) -> None:
@@ -210,6 +217,8 @@ class Running:
             if self._answer is not None and self._link is not None:
                 await self._end_guard(self._link, self._answer)
         finally:
+            if self.pid:
+                counted["ended"] += 1
             self._loop.remove_reader(self._control)
             self._control.close()
             self._theirs.close()
