@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Generator
@@ -21,6 +22,7 @@ import redis
 
 from tests.support.compose import Place, Running, ours, running
 from tests.support.event_source import EventSourceParser
+from tests.support.kubernetes import build, of_kind
 from tests.support.processes import block_until, tree
 from tests.support.rabbit import RabbitServer, rabbit_missing
 
@@ -103,6 +105,20 @@ def test_a_job_goes_through_gateway_worker_and_relay(stack: Stack) -> None:
             events = [message for chunk in response.iter_bytes() for message in reader.feed(chunk)]
     assert events[-1].type == "done"
     assert "".join(json.loads(event.data)["text"] for event in events if event.type == "token") == "one two"
+
+
+def test_every_service_of_ours_serves_its_figures_those_that_scaling_asks_for_too(stack: Stack) -> None:
+    asked = json.dumps([about["spec"]["triggers"] for about in of_kind(build(), "ScaledObject").values()])
+    wanted = set(re.findall(r"promptmill_\w+", asked))
+    assert len(wanted) == 3
+
+    def told() -> bool:
+        found = [httpx.get(f"{stack.url(name, 9464)}/metrics", trust_env=False).text for name in ours(stack.place.file)]
+        assert all("promptmill_" in text for text in found)
+        return wanted <= set(re.findall(r"^(promptmill_\w+)", "\n".join(found), re.MULTILINE))
+
+    # The gateway looks at the deployment every few seconds.
+    block_until(told, f"{wanted} are told")
 
 
 def test_no_secret_stands_in_the_environment_or_the_arguments_of_a_process(stack: Stack) -> None:
