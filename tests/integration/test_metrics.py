@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,7 @@ from promptmill.metrics import code_label, metrics_port
 from promptmill.settings import Settings, load_settings
 from promptmill.up.embedded import free_port
 from promptmill_relay.server import measured
+from tests.support.docs import tables
 from tests.support.gateway import running_gateway, running_relay
 from tests.support.metrics import Figures, scrape
 from tests.support.processes import PATIENCE_S, wait_until
@@ -207,3 +209,48 @@ def test_a_plug_ins_own_error_code_is_no_label() -> None:
     assert code_label(None) == ""
     assert code_label("rate_limited") == "rate_limited"
     assert code_label("code-of-a-plug-in-4711") == "other"
+
+
+PAGE = "docs/observing.md"
+HEADINGS = (
+    "Of every process",
+    "Of workers and gateways, which watch over the others",
+    "Of workers",
+    "Of relays and gateways",
+    "Of gateways",
+)
+
+
+async def test_the_page_lists_the_figures_that_there_are(redis_url: str, tmp_path: Path) -> None:
+    """By name, type and labels, in the order in which the labels stand on the page."""
+    listed = {
+        row["figure"]: (row["type"], tuple(re.findall(r"\w+", row["labels"])))
+        for heading in HEADINGS
+        for rows in tables(PAGE, heading)
+        for row in rows
+    }
+    async with AsyncExitStack() as stack:
+        it = await stack.enter_async_context(mill(redis_url, tmp_path))
+        job = await it.producer.submit("one", model="priced")
+        await job.result()
+        settings = it.settings.model_copy(update={"metrics_port": 0})
+        gateway = await stack.enter_async_context(running_gateway(settings))
+        with measured(gateway.service, settings) as port:
+            assert port is not None
+
+            async def looked() -> bool:
+                return (await scrape(port)).value("fleet_workers") == 1
+
+            await wait_until(looked, "the gateway has looked at the fleet")
+            shown = [await scrape(it.port), await scrape(port)]
+    found: dict[str, str] = {}
+    labels: dict[str, set[str]] = {}
+    for figures in shown:
+        for family in figures.families.values():
+            if family.name.startswith("promptmill_"):
+                name = family.name + ("_total" if family.type == "counter" else "")
+                found[name] = family.type
+                for sample in family.samples:
+                    labels.setdefault(name, set()).update(sample.labels.keys() - {"le"})
+    assert found == {name: kind for name, (kind, _) in listed.items()}
+    assert {n: found_labels for n, found_labels in labels.items() if found_labels != set(listed[n][1])} == {}
