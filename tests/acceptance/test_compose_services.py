@@ -113,12 +113,20 @@ def test_every_service_of_ours_serves_its_figures_those_that_scaling_asks_for_to
     assert len(wanted) == 3
 
     def told() -> bool:
-        found = [httpx.get(f"{stack.url(name, 9464)}/metrics", trust_env=False).text for name in ours(stack.place.file)]
+        names = set(ours(stack.place.file)) - {"flower"}
+        found = [httpx.get(f"{stack.url(name, 9464)}/metrics", trust_env=False).text for name in names]
         assert all("promptmill_" in text for text in found)
         return wanted <= set(re.findall(r"^(promptmill_\w+)", "\n".join(found), re.MULTILINE))
 
     # The gateway looks at the deployment every few seconds.
     block_until(told, f"{wanted} are told")
+
+
+def test_flower_shows_itself_to_who_has_the_login_alone(stack: Stack) -> None:
+    url = f"{stack.url('flower', 5555)}/workers"
+    assert httpx.get(url, trust_env=False).status_code == 401
+    login = ("admin", stack.place.secret("flower_password"))
+    assert httpx.get(url, auth=login, trust_env=False).status_code == 200
 
 
 def test_no_secret_stands_in_the_environment_or_the_arguments_of_a_process(stack: Stack) -> None:

@@ -158,7 +158,7 @@ class Place:
             key: self.translate(name, value)
             for key, value in environment_of(self.file["services"][name], self.variables).items()
         }
-        for key in ("PROMPTMILL_PORT", "PROMPTMILL_METRICS_PORT"):
+        for key in ("PROMPTMILL_PORT", "PROMPTMILL_METRICS_PORT", "PROMPTMILL_FLOWER_PORT"):
             if key in found:
                 found[key] = str(self.port(name, int(found[key])))
         path = [self._programs(name), Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))]

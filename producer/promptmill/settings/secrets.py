@@ -1,7 +1,8 @@
 """Secrets as files: each setting of :data:`SECRETS` may be given as ``<name>_file``, the path of a file with it.
 
-The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are taken each where they
-stand, before the two are laid over each other: a value of the environment wins over a file that the configuration names.
+The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are each read where they
+stand, before the two are laid over each other: a value of the environment wins over what a file of the configuration
+holds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from promptmill.errors import ConfigError
 
-SECRETS: Final = ("redis_url", "redis_password", "broker_url", "broker_password", "api_key", "signing_key")
+SECRETS: Final = (
+    "redis_url",
+    "redis_password",
+    "broker_url",
+    "broker_password",
+    "api_key",
+    "signing_key",
+    "flower_password",
+    "flower_broker_api",
+)
 """The settings that are a secret, or hold one."""
 _MOST_BYTES: Final = 65_536
 
