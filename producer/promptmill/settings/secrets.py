@@ -1,8 +1,7 @@
 """Secrets as files: each setting of :data:`SECRETS` may be given as ``<name>_file``, the path of a file with it.
 
-The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are each read where they
-stand, before the two are laid over each other: a value of the environment wins over what a file of the configuration
-holds.
+The environment's ``PROMPTMILL_<NAME>_FILE`` and the configuration file's ``<name>_file`` are taken each where they
+stand, before the two are laid over each other: a value of the environment wins over a configured file.
 """
 
 from __future__ import annotations
