@@ -20,10 +20,11 @@ import httpx
 import pytest
 import redis
 
-from tests.support.compose import Place, Running, ours, running
+from tests.support.compose import Place, Running, can_confine, ours, running
 from tests.support.event_source import EventSourceParser
 from tests.support.kubernetes import build, of_kind
 from tests.support.processes import block_until, tree
+from tests.support.programs import script
 from tests.support.rabbit import RabbitServer, rabbit_missing
 
 pytestmark = [pytest.mark.xdist_group("compose"), pytest.mark.timeout(400)]
@@ -34,6 +35,18 @@ RABBITMQ = {
     "PROMPTMILL_BROKER_PASSWORD_FILE": "/run/secrets/rabbitmq_password",
 }
 """What compose.yaml says that .env is to hold for its profile."""
+
+STANDS_FOR_CLAUDE = """
+import json, sys
+sys.stdin.readline()
+def say(value):
+    print(json.dumps(value), flush=True)
+say({"type": "system", "subtype": "init"})
+delta = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "from a program"}}
+say({"type": "stream_event", "event": delta})
+say({"type": "result", "subtype": "success", "is_error": False, "result": "from a program", "stop_reason": "end_turn",
+     "usage": {"input_tokens": 1, "output_tokens": 3}, "total_cost_usd": 0.1})
+"""
 
 
 class Stack:
@@ -53,17 +66,29 @@ class Stack:
 
 def missing(name: str) -> str | None:
     """Why a service cannot be started here."""
+    if name == "redis" and not shutil.which("valkey-cli") and not shutil.which("redis-cli"):
+        return "the health check of the store needs valkey-cli or redis-cli: apt-get install redis-tools"
     if name == "prometheus" and (not shutil.which("prometheus") or not shutil.which("promtool")):
         return "prometheus is not installed: apt-get install prometheus"
     return None
 
 
+def skip_without(name: str) -> None:
+    """Skip the test where a service cannot be started; in CI that is a failure."""
+    if reason := missing(name):
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
     """All services but the broker and Grafana, healthy."""
+    skip_without("redis")
     place = Place(tmp_path_factory.mktemp("compose"), PROGRAMS)
-    for name in ("anthropic_api_key", "claude_token"):  # as `touch` leaves them: without a key there is still echo
+    for name in ("anthropic_api_key", "gemini_api_key"):  # as `touch` leaves them: without a key there is still echo
         (place.directory / "secrets" / name).write_text("")
+    script(place.programs("worker-claude"), STANDS_FOR_CLAUDE, "claude")
     found = Stack(place)
     with ExitStack() as exits:
         # As depends_on has it: the store first, then the others together.
@@ -85,10 +110,7 @@ def test_every_service_of_ours_is_healthy_by_its_own_check(stack: Stack) -> None
 
 
 def test_prometheus_runs_with_the_configuration_of_the_stack(stack: Stack) -> None:
-    if reason := missing("prometheus"):
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_without("prometheus")
     with stack.client() as client:
         jobs = client.get(f"{stack.url('prometheus', 9090)}/api/v1/targets").json()["data"]["activeTargets"]
     assert {target["labels"]["job"] for target in jobs} >= {"prometheus"}
@@ -107,18 +129,34 @@ def test_a_job_goes_through_gateway_worker_and_relay(stack: Stack) -> None:
     assert "".join(json.loads(event.data)["text"] for event in events if event.type == "token") == "one two"
 
 
+def test_a_job_of_a_program_runs_in_the_worker_of_its_family(stack: Stack) -> None:
+    with stack.client() as client:
+        made = client.post(f"{stack.url('gateway', 8080)}/v1/jobs", json={"prompt": "x", "model": "claude"})
+        job = f"{stack.url('gateway', 8080)}/v1/jobs/{made.json()['id']}"
+        done = block_until(lambda: ended(client.get(job).json()), "the job ended")
+    assert (done["state"], done["text"]) == ("succeeded", "from a program"), done["error"]
+
+
 def test_every_service_of_ours_serves_its_figures_those_that_scaling_asks_for_too(stack: Stack) -> None:
     asked = json.dumps([about["spec"]["triggers"] for about in of_kind(build(), "ScaledObject").values()])
     wanted = set(re.findall(r"promptmill_\w+", asked))
     assert len(wanted) == 3
 
     def told() -> bool:
-        found = [httpx.get(f"{stack.url(name, 9464)}/metrics", trust_env=False).text for name in ours(stack.place.file)]
+        names = set(ours(stack.place.file)) - {"flower"}
+        found = [httpx.get(f"{stack.url(name, 9464)}/metrics", trust_env=False).text for name in names]
         assert all("promptmill_" in text for text in found)
         return wanted <= set(re.findall(r"^(promptmill_\w+)", "\n".join(found), re.MULTILINE))
 
     # The gateway looks at the deployment every few seconds.
     block_until(told, f"{wanted} are told")
+
+
+def test_flower_shows_itself_to_who_has_the_login_alone(stack: Stack) -> None:
+    url = f"{stack.url('flower', 5555)}/workers"
+    assert httpx.get(url, trust_env=False).status_code == 401
+    login = ("admin", stack.place.secret("flower_password"))
+    assert httpx.get(url, auth=login, trust_env=False).status_code == 200
 
 
 def test_no_secret_stands_in_the_environment_or_the_arguments_of_a_process(stack: Stack) -> None:
@@ -131,6 +169,18 @@ def test_no_secret_stands_in_the_environment_or_the_arguments_of_a_process(stack
             assert not [secret for secret in secrets if secret in seen], f"{service.name}: {seen!r}"
             looked_at += 1
     assert looked_at >= len(stack.services)
+
+
+def test_services_run_without_rights_and_write_to_nothing_but_tmp_and_their_volumes(stack: Stack) -> None:
+    if not can_confine():
+        pytest.skip("only root may make a read-only file system in a mount namespace")
+    for service in stack.services.values():
+        for pid in tree(service.process.pid):
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE), service.name
+            assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE), service.name
+            root = next(line for line in Path(f"/proc/{pid}/mounts").read_text().splitlines() if line.split()[1] == "/")
+            assert "ro" in root.split()[3].split(","), service.name
 
 
 def test_the_store_is_set_up_as_the_file_says_and_takes_nobody_without_the_password(stack: Stack) -> None:
@@ -158,6 +208,7 @@ def test_doctor_finds_what_is_configured_working(stack: Stack) -> None:
 
 
 def test_with_the_profile_rabbitmq_jobs_go_through_it(tmp_path: Path) -> None:
+    skip_without("redis")
     if reason := rabbit_missing():
         pytest.skip(reason)
     place = Place(tmp_path, RABBITMQ)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,12 @@ PROGRAMS_IMAGE: Final = "promptmill-programs:local"
 _ENTRY_POINTS: Final = {"prometheus": ("prometheus",)}
 """Those of other people's images, where a command holds the arguments alone."""
 _SECONDS: Final = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
+# $1 on: what may be written to, "--", the command. As `read_only`, `cap_drop: [ALL]` and `no-new-privileges` have it.
+_CONFINE: Final = """
+while [ "$1" != -- ]; do mount --bind "$1" "$1"; shift; done
+mount -o remount,ro,bind /
+exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
+"""
 _VARIABLE: Final = re.compile(r"\$(?:\$|\{(?P<name>\w+)(?:(?P<how>:[-?])(?P<text>[^}]*))?\})")
 
 
@@ -158,10 +165,10 @@ class Place:
             key: self.translate(name, value)
             for key, value in environment_of(self.file["services"][name], self.variables).items()
         }
-        for key in ("PROMPTMILL_PORT", "PROMPTMILL_METRICS_PORT"):
+        for key in ("PROMPTMILL_PORT", "PROMPTMILL_METRICS_PORT", "PROMPTMILL_FLOWER_PORT"):
             if key in found:
                 found[key] = str(self.port(name, int(found[key])))
-        path = [self._programs(name), Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))]
+        path = [self.programs(name), Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))]
         return {
             "PATH": os.pathsep.join(map(str, path)),
             "HOME": "/nonexistent",
@@ -171,8 +178,8 @@ class Place:
             **found,
         }
 
-    def _programs(self, name: str) -> Path:
-        """A directory with the names by which the images know servers that have another one here."""
+    def programs(self, name: str) -> Path:
+        """The first directory on the service's PATH; servers that have another name here have that of the image there."""
         path = self._own(name, "bin")
         store = find_store_program()
         broker = rabbit_program()
@@ -194,12 +201,21 @@ class Place:
             return [*entrypoint(), *words]
         return [*_ENTRY_POINTS.get(name, ()), *words]
 
+    def confined(self, name: str, command: list[str]) -> list[str]:
+        """The command in the walls that the file sets; without them where this user may not build such walls."""
+        service = self.file["services"][name]
+        if not (can_confine() and service["read_only"] and service["cap_drop"] == ["ALL"]):
+            return command
+        volumes = [path for path in self._mounts(name).values() if path.is_relative_to(self.directory)]
+        writable = [self._own(name, "tmp"), *volumes]
+        return [*("unshare", "--mount", "sh", "-euc", _CONFINE, "sh"), *map(str, writable), "--", *command]
+
     def healthy(self, name: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the service's health check once; ``env`` comes on top of its environment."""
         kind, *words = self.file["services"][name]["healthcheck"]["test"]
         words = [self.translate(name, word) for word in words]
         return subprocess.run(
-            ["sh", "-c", *words] if kind == "CMD-SHELL" else words,
+            self.confined(name, ["sh", "-c", *words] if kind == "CMD-SHELL" else words),
             env={**self.environment(name), **(env or {})},
             cwd=self.directory,
             capture_output=True,
@@ -207,6 +223,16 @@ class Place:
             timeout=PATIENCE_S,
             check=False,
         )
+
+
+@cache
+def can_confine() -> bool:
+    """Whether this user may make a mount namespace and a read-only file system in it."""
+    command = ["unshare", "--mount", "sh", "-euc", _CONFINE, "sh", "--", "true"]
+    return (
+        all(map(shutil.which, ("unshare", "setpriv")))
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
 
 
 def entrypoint() -> list[str]:
@@ -229,6 +255,7 @@ class Running:
         environment = {**place.environment(name), **(env or {})}
         command = place.command(name)
         command[0] = shutil.which(command[0], path=environment["PATH"]) or command[0]
+        command = place.confined(name, command)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 command,

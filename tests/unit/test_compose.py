@@ -84,6 +84,7 @@ def test_the_stack_and_what_its_profiles_add() -> None:
     }
     assert profile("rabbitmq") == {"rabbitmq"}
     assert profile("programs") == {"worker-claude", "worker-gemini"}
+    assert profile("flower") == {"flower"}
     assert profile("monitoring") == {"prometheus", "grafana"}
 
 
@@ -114,6 +115,7 @@ def test_the_values_of_the_settings_are_valid(
     (tmp_path / "redis_password").write_text("stored\n")
     (tmp_path / "rabbitmq_password").write_text("sent\n")
     (tmp_path / "api_key").write_text("key\n")
+    (tmp_path / "flower_password").write_text("login\n")
     for variable, value in environment_of(SERVICES[name], variables).items():
         monkeypatch.setenv(variable, value.replace("/run/secrets", str(tmp_path)))
     monkeypatch.setenv("PROMPTMILL_CONFIG", str(ROOT / config))
@@ -123,6 +125,8 @@ def test_the_values_of_the_settings_are_valid(
     sends = "PROMPTMILL_BROKER_URL" in SERVICES[name]["environment"]
     assert settings.queue_url == (broker if variables and sends else settings.redis_url)
     assert settings.metrics_port == 9464
+    if name == "flower":
+        assert (settings.flower_host, settings.flower_user, settings.flower_password) == ("0.0.0.0", "admin", "login")
     if settings.host == "0.0.0.0":
         assert settings.keys_by_user() == {"default": "key"}
 
@@ -236,7 +240,9 @@ def test_each_service_has_a_health_check_and_more_time_to_stop_than_it_takes() -
 
 
 def test_only_http_services_are_published_on_loopback_and_the_store_has_no_way_out() -> None:
-    assert {name for name, service in SERVICES.items() if "ports" in service} == {"gateway", "relay", "grafana"}
+    assert {name for name, service in SERVICES.items() if "ports" in service} == {
+        *("gateway", "relay", "flower", "grafana"),
+    }
     for service in SERVICES.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert COMPOSE["networks"]["backend"] == {"internal": True}

@@ -28,6 +28,8 @@ def test_every_secret_can_be_a_file_named_by_its_variable(tmp_path: Path, monkey
         "broker_password": "two",
         "api_key": " k e y ",
         "signing_key": "four",
+        "flower_password": "five",
+        "flower_broker_api": "http://user:six@broker:15672/api/",
     }
     assert set(values) == set(SECRETS) <= set(Settings.model_fields)
     for name, value in values.items():
@@ -36,7 +38,8 @@ def test_every_secret_can_be_a_file_named_by_its_variable(tmp_path: Path, monkey
     assert settings.redis_url == "redis://:one@store:6379/0"
     assert settings.broker_url == "amqp://mill:two@broker//"
     # One newline is the editor's; everything else is the secret's own.
-    assert (settings.api_key, settings.signing_key) == (" k e y ", "four")
+    assert (settings.api_key, settings.signing_key, settings.flower_password) == (" k e y ", "four", "five")
+    assert settings.flower_broker_api == values["flower_broker_api"]
 
 
 def test_the_configuration_file_names_them_too_and_the_environment_wins(

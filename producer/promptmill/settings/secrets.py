@@ -16,7 +16,16 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from promptmill.errors import ConfigError
 
-SECRETS: Final = ("redis_url", "redis_password", "broker_url", "broker_password", "api_key", "signing_key")
+SECRETS: Final = (
+    "redis_url",
+    "redis_password",
+    "broker_url",
+    "broker_password",
+    "api_key",
+    "signing_key",
+    "flower_password",
+    "flower_broker_api",
+)
 """The settings that are a secret, or hold one."""
 _MOST_BYTES: Final = 65_536
 
