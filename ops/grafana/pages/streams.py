@@ -48,7 +48,7 @@ STREAMS: Final = Page(
         ),
         Panel(
             "Events to readers",
-            "A second.",
+            "A second, to all readers of a process.",
             "ops",
             rate("promptmill_sent_events_total", "instance", INSTANCE),
             stacked=True,
