@@ -1,4 +1,4 @@
-"""What a gateway counts for its operators beside its streams. docs/operating.md explains every figure."""
+"""What a gateway counts for its operators beside its streams. docs/observing.md explains every figure."""
 
 from __future__ import annotations
 

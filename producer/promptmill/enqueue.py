@@ -210,8 +210,15 @@ class Enqueuer:
         confirms = self._confirms_on(connection.default_channel) if is_amqp(self._broker_url) else None
         for job_id, name in batch:
             queue = self._queues.get(name) or self._queues.setdefault(name, broker_queue(name, self._broker_url))
+            # Celery's name of the task is the job's own: who looks at it in Flower finds the job by it.
             self._app.send_task(
-                TASK_NAME, args=(job_id,), queue=queue, producer=producer, retry=False, ignore_result=True
+                TASK_NAME,
+                args=(job_id,),
+                task_id=job_id,
+                queue=queue,
+                producer=producer,
+                retry=False,
+                ignore_result=True,
             )
             if confirms is not None:
                 confirms.sent()

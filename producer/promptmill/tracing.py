@@ -115,10 +115,11 @@ _NOTHING: Final = Span()
 
 
 class _Recorded(Span):
-    __slots__ = ("_span", "_token")
+    __slots__ = ("_failed", "_span", "_token")
 
     def __init__(self, span: Any) -> None:
         self._span = span
+        self._failed = False
         self._token: Any = None
 
     def __enter__(self) -> Self:
@@ -133,7 +134,7 @@ class _Recorded(Span):
         from opentelemetry import context  # noqa: PLC0415 - an extra
 
         context.detach(self._token)
-        if kind is not None:
+        if kind is not None and not self._failed:
             # Its name alone: an exception's message may hold what somebody wrote.
             self.fail(kind.__name__)
         self.end()
@@ -161,6 +162,7 @@ class _Recorded(Span):
     def fail(self, code: str) -> None:
         from opentelemetry.trace import Status, StatusCode  # noqa: PLC0415 - an extra
 
+        self._failed = True
         self._span.set_attribute("error.type", code)
         self._span.set_status(Status(StatusCode.ERROR))
 

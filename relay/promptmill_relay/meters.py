@@ -1,4 +1,4 @@
-"""What a relay, and the relay in a gateway, count for their operators. docs/operating.md explains every figure."""
+"""What a relay, and the relay in a gateway, count for their operators. docs/observing.md explains every figure."""
 
 from __future__ import annotations
 

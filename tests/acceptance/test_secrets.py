@@ -30,11 +30,12 @@ import redis
 
 from promptmill.up.embedded import free_port
 from promptmill_workers.programs.environment import jobs_root
+from tests.support.otlp import Received, receiving_spans
 from tests.support.processes import PATIENCE_S, block_until, wait_gone
 from tests.support.programs import installed, real_program, script
 from tests.support.simulator import SimulatorHandle, running_simulator
 from tests.support.up import Up, environment
-from tests.support.worker import worker_process
+from tests.support.worker import WorkerProcess, worker_process
 
 pytestmark = [pytest.mark.xdist_group("secrets"), pytest.mark.timeout(300)]
 
@@ -115,6 +116,11 @@ class Seen:
     """All that the store was told while the jobs lived, scripts' own commands included."""
     stored: dict[str, str] = field(default_factory=dict)
     flower: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, str] = field(default_factory=dict)
+    """What Prometheus is told, by process."""
+    spans: list[Received] = field(default_factory=list)
+    traces: str = ""
+    """All spans as they were sent."""
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     headers: list[str] = field(default_factory=list)
     """Of the requests that reached the provider."""
@@ -372,8 +378,20 @@ def requests_of(simulator: SimulatorHandle) -> list[Any]:
     return simulator.requests
 
 
+def read_figures(seen: Seen, ports: dict[str, int]) -> None:
+    for name, port in ports.items():
+        answer = get(f"http://127.0.0.1:{port}/metrics")
+        assert answer is not None
+        assert answer.status_code == 200
+        seen.figures[name] = answer.text
+
+
 def run(seen: Seen, stack: ExitStack, home: Path, config: Path, programs: dict[str, str]) -> None:
-    up = Up(home, ("--workers", "0", "--config", str(config)), variables=seen.planted.variables)
+    receiver = stack.enter_context(receiving_spans())
+    ports = {name: free_port() for name in ("gateway", *FAMILIES)}
+    told = {"PROMPTMILL_OTLP_ENDPOINT": receiver.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    variables = {**seen.planted.variables, **told, "PROMPTMILL_METRICS_PORT": str(ports["gateway"])}
+    up = Up(home, ("--workers", "0", "--config", str(config)), variables=variables)
     stack.callback(up.close)
     up.wait_ready()
     url = up.about["redis_url"]
@@ -387,20 +405,27 @@ def run(seen: Seen, stack: ExitStack, home: Path, config: Path, programs: dict[s
             if client.type(key) == b"list":
                 seen.messages += [message.decode() for message in client.lrange(key, 0, -1)]
         with ExitStack() as workers:
-            variables = {**environment(home, **seen.planted.variables), "PROMPTMILL_REDIS_URL": url}
-            running = [
-                workers.enter_context(worker_process(config, f"{family}-worker", family, variables))
-                for family in FAMILIES
-            ]
+            variables = {**environment(home, **seen.planted.variables), **told, "PROMPTMILL_REDIS_URL": url}
+            running: list[WorkerProcess] = []
+            for number, family in enumerate(FAMILIES):
+                own = {
+                    "PROMPTMILL_METRICS_PORT": str(ports[family]),
+                    "PROMPTMILL_LOG_FORMAT": "json" if number % 2 else "text",
+                }
+                worker = worker_process(config, f"{family}-worker", family, {**variables, **own})
+                running.append(workers.enter_context(worker))
             wait_running_in_flower(seen, flower)
             let_go(seen, up)
             wait_ended(seen, up)
             read_flower(seen, flower)
+            read_figures(seen, ports)
             seen.stored = dump(client)
         for worker in running:
             seen.logs[worker.name] = worker.log.read_text()
     assert up.stop() == 0
     seen.logs["up, gateway and store"] = up.err
+    seen.spans = receiver.spans
+    seen.traces = "".join(body.decode("utf-8", "replace") for body in receiver.raw)
     seen.logs["flower"] = (home / "flower.log").read_text()
 
 
@@ -442,6 +467,23 @@ def test_no_log_shows_a_prompt_or_a_key(seen: Seen) -> None:
     leaks = {name: found for name, text in seen.logs.items() if (found := seen.planted.found(text))}
     assert leaks == {}
     assert [name for name, text in seen.logs.items() if seen.store_password in text] == []
+
+
+def test_figures_show_no_prompt_and_no_key(seen: Seen) -> None:
+    assert all('promptmill_jobs_total{backend="' in seen.figures[family] for family in FAMILIES)
+    assert "promptmill_fleet_workers" in seen.figures["gateway"]
+    leaks = {name: found for name, text in seen.figures.items() if (found := seen.planted.found(text))}
+    assert leaks == {}
+    ids = [job["id"] for job in seen.jobs.values()]
+    assert [name for name, text in seen.figures.items() if any(job_id in text for job_id in ids)] == []
+
+
+def test_traces_show_every_job_and_no_prompt_and_no_key(seen: Seen) -> None:
+    runs = {span.attributes["promptmill.job.id"] for span in seen.spans if span.name == "promptmill.run"}
+    assert runs == {job["id"] for job in seen.jobs.values()}
+    assert {span.service for span in seen.spans} == {"promptmill-gateway", "promptmill-worker"}
+    assert seen.planted.found(seen.traces) == []
+    assert seen.store_password not in seen.traces
 
 
 def test_messages_in_the_broker_hold_the_jobs_id_and_nothing_else(seen: Seen) -> None:

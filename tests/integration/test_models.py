@@ -146,6 +146,23 @@ async def test_a_running_call_ends_on_the_old_options_and_new_calls_use_the_new_
             await wait_until(lambda: closed.exists() and closed.read_text() == "old\n", "the old backend is closed")
 
 
+async def test_a_plug_in_that_cannot_be_made_ends_its_own_jobs_and_no_worker(
+    write_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    install_plugin(site, "unmade", "class Backend:\n    def __init__(self):\n        pass\n")
+    monkeypatch.syspath_prepend(str(site))
+    path, settings = write_config('[models.unmade]\ntype = "unmade"\n')
+    with worker_process(path, env={"PYTHONPATH": str(site)}) as worker:
+        await worker.ready(settings.store_url)
+        async with AsyncProducer(settings) as producer:
+            with pytest.raises(JobFailed, match="cannot be made: TypeError") as failed:
+                await answer(producer, model="unmade")
+            assert failed.value.code == "crashed"
+            assert await answer(producer, model="echo")
+        assert worker.process.poll() is None
+
+
 async def _tokens(events: AsyncGenerator[Any]) -> AsyncGenerator[Token]:
     """Up to the first."""
     async for event in events:

@@ -36,9 +36,9 @@ def test_a_worker_tells_how_its_jobs_ended() -> None:
     now = 0.0
     counts = Counts(lambda: now)
     counts.told(0)
-    counts.note("succeeded")
-    counts.note("failed", "cut")
-    counts.note("stopped")
+    counts.ended("A", "succeeded", {"model": "sonnet"})
+    counts.ended("B", "failed", {"error": {"code": "cut"}})
+    counts.stopped("C")
     now = 4.0
     assert counts.told(40) == {
         "up_s": 4.0,

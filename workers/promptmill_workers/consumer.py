@@ -1,10 +1,10 @@
 """Celery's side of a worker process: it brings messages, on a pool of threads that wait.
 
-The only module of the workers that knows Celery. One thin task: it carries a job's id to the engine's event loop and
-waits there. A message waits in the broker until a slot is free for it: a queue for which there is no room is not
-consumed. On Redis messages are not acknowledged at all: one that dies with its worker is sent again by the sweep, and
-kombu's bookkeeping of unacknowledged messages costs more than the rest of a job's way through Celery. On RabbitMQ each
-is acknowledged as soon as its job has a slot.
+With :mod:`.remote` and :mod:`.task_events` all of the workers that knows Celery. One thin task: it carries a job's id
+to the engine's event loop and waits there. A message waits in the broker until a slot is free for it: a queue for which
+there is no room is not consumed. On Redis messages are not acknowledged at all: one that dies with its worker is sent
+again by the sweep, and kombu's bookkeeping of unacknowledged messages costs more than the rest of a job's way through
+Celery. On RabbitMQ each is acknowledged as soon as its job has a slot.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from promptmill.queues import TASK_NAME, queues_of
 from promptmill.settings import Settings
 from promptmill_workers.capacity import Capacity
 from promptmill_workers.engine import Engine
+from promptmill_workers.remote import answer_only
+from promptmill_workers.task_events import TaskEvents
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,14 @@ class _CeleryConsumer(CeleryConsumer):
         super().on_connection_error_after_connected(exc)  # pyright: ignore[reportUnknownMemberType]
 
 
+def _events_of(app: Any, engine: Engine) -> TaskEvents:
+    counts, running = engine.runner.counts, engine.runner.running
+    every_s = engine.settings.heartbeat_s
+    events = TaskEvents(app, engine.store, engine.worker_id, every_s, lambda: (len(running), counts.by_state.total()))
+    counts.listener = events
+    return events
+
+
 class Consumer:
     """A Celery worker in a thread of its own; ``on_ready`` is called there once it consumes."""
 
@@ -131,6 +141,8 @@ class Consumer:
         )
         self._controller.consumer.initial_prefetch_count = _PREFETCH
         self._controller.consumer.connected = self._connected
+        self._events = _events_of(self._app, engine)
+        answer_only(self._controller.consumer, self._events if settings.celery_events else None)
         self._capacity = Capacity(settings.concurrency, self._queues[1], settings.batch_share)
         engine.feeding.puller.share(self._capacity, self._look_anew)
         self._controller.capacity, self._controller.give_back = self._capacity, self._give_back
@@ -288,6 +300,7 @@ class Consumer:
     def stop(self) -> bool:
         """End the thread, when no job runs any more; True where it ended in time. Blocks: call it from a thread."""
         # Its own thread does it: two that read RabbitMQ's answers from one connection wait for ever.
+        self._events.stop()
         state.should_stop = 0
         self._controller.consumer.call_soon(lambda: None)  # wakes it, and it looks
         self._thread.join(_JOIN_TIMEOUT_S)

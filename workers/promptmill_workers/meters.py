@@ -1,4 +1,4 @@
-"""What a worker process counts for its operators. docs/operating.md explains every figure.
+"""What a worker process counts for its operators. docs/observing.md explains every figure.
 
 Only the event loop counts; the thread that serves the figures reads.
 """

@@ -70,6 +70,7 @@ class Backends:
         ------
         BackendError
             ``bad_request``: its configuration cannot work or a package is missing; the message says which.
+            ``crashed``: a third party's factory failed.
         """
         made = self._find(route.name, route.config)
         if made is None:
@@ -117,6 +118,11 @@ def _make(name: str, config: ModelConfig) -> Backend:
         return make_backend(name, config)
     except (ConfigError, MissingExtra) as err:
         raise BackendError(f"model {name!r}: {err}", code="bad_request") from err
+    except Exception as err:
+        # A third party's bug must end its own model's jobs, and not the worker with everybody's.
+        logger.exception("the backend of model %s cannot be made", name)
+        what = f"model {name!r}: its backend cannot be made: {type(err).__name__}"
+        raise BackendError(what, code="crashed") from err
 
 
 async def _aclose(made: _Made) -> None:

@@ -149,6 +149,7 @@ class Runner:
     async def _run(self, job_id: str, claim: str, claimed: Claimed, span: Span, *, taken: bool) -> None:
         log = self._writer.open(job_id, claim, claimed.epoch)
         job = self.running[job_id] = RunningJob(job_id, claim, log, claimed, span)
+        self.counts.began(claimed.record)
         if taken:
             job.stop("taken")
         try:
@@ -160,7 +161,7 @@ class Runner:
             logger.info("job %s stopped here: %s", job_id, job.stop_reason)
             note_stop(job.stop_reason)
             span.note({"promptmill.stopped": job.stop_reason})
-            self.counts.note("stopped")
+            self.counts.stopped(job_id)
             self._tell_late(job)
         except Exception as err:
             # Whatever it is (a request that only a newer version reads, a bug of ours): a job without an end would stay
@@ -205,6 +206,7 @@ class Runner:
         if claimed == "expired":
             await self._store.expire(job_id, keys.new_token())
         if job_id not in self and claimed != "alone":
+            self.counts.passed_over(job_id)
             self._store.forget_claim(job_id, self._worker_id)
         return claimed
 
@@ -356,7 +358,7 @@ class Runner:
                 raise
 
         if await self.patiently(finish):
-            self.counts.note(end.state, end.code)
+            self.counts.ended(job.job_id, end.state, end.fields)
             self.booker.soon(job.job_id)
             if job.batch is not None:
                 self.tally.note(job.batch, end.state, end.fields, tries)
@@ -366,7 +368,7 @@ class Runner:
             if end.code is not None:
                 job.span.fail(end.code)
             return
-        self.counts.note("stopped")
+        self.counts.stopped(job.job_id)
         logger.info("job %s was ended or taken by somebody else", job.job_id)
         self._tell_late(job)
 

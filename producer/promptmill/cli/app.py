@@ -11,7 +11,7 @@ import typer
 
 from promptmill.errors import PromptmillError
 
-from . import batch, dead, demo, doctor, exits, job, models, output, parts, up, usage
+from . import batch, dead, demo, doctor, exits, flower, job, models, output, parts, top, up, usage
 from . import run as run_command
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command()(parts.worker)
 app.command()(parts.relay)
 app.command()(parts.gateway)
 app.command()(doctor.doctor)
+app.command()(top.top)
+app.command()(flower.flower)
 app.add_typer(batch.app, name="batch")
 
 

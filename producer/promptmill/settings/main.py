@@ -97,6 +97,15 @@ class Settings(BaseSettings):
     """How long after its creation a batch that says nothing else is ended."""
     cache_ttl_s: PositiveSeconds = 24 * 3600
     """How long an answer is kept for requests with ``cache``."""
+    celery_events: bool = True
+    """Whether workers tell Flower of their jobs while one asks for it."""
+    flower_host: str = "127.0.0.1"
+    flower_port: Annotated[int, Field(ge=0, le=65535)] = 5555
+    flower_user: str | None = None
+    flower_password: str | None = None
+    """With ``flower_user`` the login of ``promptmill flower``; needed where other machines can reach it."""
+    flower_broker_api: str | None = None
+    """RabbitMQ's management interface, for the lengths of the queues: ``http://user:password@host:15672/api/``."""
     loop_stall_s: PositiveSeconds = 30
     """A worker process whose event loop has not turned for so long is ended; its jobs are picked up elsewhere."""
     guard_level: Literal["auto", "pidns", "cgroup", "subreaper", "group"] = "auto"

@@ -19,7 +19,7 @@ _BACKLOG: Final = 2048
 
 def check_exposure(settings: Settings) -> None:
     """Raises ConfigError where other machines could reach the gateway and no API key is set, or none can be read."""
-    if settings.host in LOOPBACK or _is_loopback(settings.host) or settings.keys_by_user():
+    if is_loopback(settings.host) or settings.keys_by_user():
         return
     raise ConfigError(
         f"host {settings.host}: other machines could use this without a key; set api_key (or api_keys), or listen on "
@@ -71,7 +71,10 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host in LOOPBACK:
+        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
