@@ -16,12 +16,22 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from promptmill.failures import CLASSES
 from promptmill.up.embedded import free_port
+from tests.support.metrics import Figures
 from tests.support.processes import PATIENCE_S, block_until, wait_gone
-from tests.support.promql import RULES, Expression, Selector, expressions, panels, parse, program, rules
+from tests.support.promql import (
+    RULES,
+    Expression,
+    Selector,
+    asked_by_the_runbook,
+    expressions,
+    panels,
+    parse,
+    program,
+    rules,
+)
 from tests.support.up import ENDED_S, PROMPTMILL, Up, environment
 
 pytestmark = pytest.mark.xdist_group("prometheus")
@@ -74,12 +84,11 @@ class Deployment:
         """All series that the processes have now."""
         found: Values = defaultdict(lambda: defaultdict(set))
         for target in self.targets:
-            text = httpx.get(f"http://{target}/metrics", timeout=PATIENCE_S, trust_env=False).text
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    for label, value in sample.labels.items():
-                        found[sample.name][label].add(value)
-                    found[sample.name]  # without labels too
+            answer = httpx.get(f"http://{target}/metrics", timeout=PATIENCE_S, trust_env=False)
+            for name, labels, _ in Figures(answer.text):
+                found[name]  # without labels too
+                for label, value in labels.items():
+                    found[name][label].add(value)
         return found
 
     def post(self, path: str, **request: object) -> dict[str, Any]:
@@ -312,6 +321,11 @@ def test_every_panel_shows_something(deployment: Deployment, prometheus: Prometh
     # Those that may be empty are asked all the same: what they say must be PromQL.
     for _, expr in asked:
         prometheus.ask("query", query=expr.replace("$__rate_interval", "1m"))
+
+
+def test_prometheus_understands_what_the_runbook_asks(prometheus: Prometheus) -> None:
+    for expr in asked_by_the_runbook():
+        prometheus.ask("query", query=expr)
 
 
 def test_what_prometheus_knows_is_what_happened(deployment: Deployment, prometheus: Prometheus) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from tests.support.docs import ROOT
+from tests.support.docs import ROOT, read
 
 RULES: Final = sorted((ROOT / "ops" / "prometheus" / "rules").glob("*.yml"))
 RULE_TESTS: Final = sorted((ROOT / "ops" / "prometheus" / "tests").glob("*.yml"))
@@ -102,8 +102,16 @@ def panels() -> Iterator[tuple[str, dict[str, Any]]]:
             yield path.stem, panel
 
 
+def asked_by_the_runbook() -> list[str]:
+    """The expressions that the runbook says to ask."""
+    asks = re.findall(r"\bAsk\s+((?:`[^`]+`(?:\s+(?:and|beside)\s+)?)+)", read(RUNBOOK))
+    return [expr for ask in asks for expr in re.findall(r"`([^`]+)`", ask)]
+
+
 def expressions() -> Iterator[tuple[str, str, str]]:
     """Where each expression stands, the expression, and the text that is made of its labels."""
+    for expr in asked_by_the_runbook():
+        yield RUNBOOK, expr, ""
     for rule in rules():
         yield rule.get("alert") or rule["record"], rule["expr"], " ".join(rule.get("annotations", {}).values())
     for name, panel in panels():

@@ -5,17 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from ops.grafana import make, pages
 
-from tests.support.docs import anchors, read
-from tests.support.promql import DASHBOARDS, RULE_TESTS, RULES, RUNBOOK, alerts, panels, parse, program
+from promptmill.cli.app import app
+from tests.support.docs import ROOT, anchors, read
+from tests.support.promql import (
+    DASHBOARDS,
+    RULE_TESTS,
+    RULES,
+    RUNBOOK,
+    alerts,
+    asked_by_the_runbook,
+    panels,
+    parse,
+    program,
+)
 
 ALERTS = alerts()
 
@@ -98,6 +111,36 @@ def test_each_alert_has_a_section_in_the_runbook(name: str) -> None:
 def test_each_section_on_an_alert_has_its_alert() -> None:
     sections = re.findall(r"^### (Promptmill\w+)$", read(RUNBOOK), re.MULTILINE)
     assert sorted(sections) == sorted(ALERTS)
+
+
+def test_the_runbook_searches_logs_for_what_is_logged() -> None:
+    packages = ("producer", "workers", "relay", "gateway")
+    source = "".join(path.read_text() for package in packages for path in (ROOT / package).rglob("*.py"))
+    searched = re.findall(r"\b[Ll]og\s+`([^`]+)`", read(RUNBOOK))
+    assert len(searched) > 20
+    assert [text for text in searched if text not in source] == []
+
+
+def test_the_runbook_names_commands_that_there_are() -> None:
+    named = {span for span in re.findall(r"`(promptmill [^`]+)`", read(RUNBOOK).replace("\n", " "))}
+    assert len(named) > 25
+    for span in sorted(named):
+        command: Any = typer.main.get_command(app)
+        words = shlex.split(span)[1:]
+        while words and hasattr(command, "commands"):
+            if words[0] not in command.commands:
+                break
+            command = command.commands[words.pop(0)]
+        options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+        unknown = [word for word in words if word.startswith("-") and word not in options]
+        takes_words = any(one.param_type_name == "argument" for one in command.params)
+        assert not unknown, f"{span}: no {unknown}"
+        assert takes_words or not words or words[0].startswith("-"), f"{span}: no such command"
+
+
+def test_each_alert_says_what_to_ask() -> None:
+    assert len(asked_by_the_runbook()) > len(ALERTS)
+    assert [name for name in ALERTS if "Ask" not in section(name)] == []
 
 
 def test_the_committed_dashboards_are_those_that_the_script_writes() -> None:
