@@ -122,7 +122,7 @@ def test_the_runbook_searches_logs_for_what_is_logged() -> None:
 
 
 def test_the_runbook_names_commands_that_there_are() -> None:
-    named = {span for span in re.findall(r"`(promptmill [^`]+)`", read(RUNBOOK).replace("\n", " "))}
+    named = set(re.findall(r"`(promptmill [^`]+)`", read(RUNBOOK).replace("\n", " ")))
     assert len(named) > 25
     for span in sorted(named):
         command: Any = typer.main.get_command(app)
