@@ -81,6 +81,12 @@ def follow_store(store: Store) -> None:
         else:
             JOBS.labels(act, code_label(detail or None), "", "").inc()
 
+    # From 0: a series that begins with its first event has no rise that an alert could see.
+    for priority in ("interactive", "batch"):
+        _SUBMITTED.labels(priority)
+    _REQUEUED.labels("requeued")
+    for state, code in (("failed", "crashed"), ("failed", "poisoned"), ("expired", "expired"), ("cancelled", "")):
+        JOBS.labels(state, code, "", "")
     store.note = note
 
 

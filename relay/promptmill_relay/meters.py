@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 _STREAMS: Final = Counter(
     f"{PREFIX}streams",
     "Answers to readers: ``ended`` with their job, ``left`` by the reader, ``stopped`` by us, ``interrupted``, "
-    "``refused``, told to ``come_again``, or ``empty`` where there was nothing to read.",
+    "``refused`` because there are too many, ``denied`` for what they asked, told to ``come_again``, or ``empty`` where "
+    "there was nothing to read.",
     ("outcome",),
 )
+for _outcome in ("ended", "left", "stopped", "interrupted", "refused", "denied", "come_again", "empty"):
+    _STREAMS.labels(_outcome)  # from 0, so that an alert sees the first
 
 
 def note_stream(outcome: str) -> None:

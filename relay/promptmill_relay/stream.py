@@ -188,7 +188,7 @@ class StreamEndpoint:
             await self._come_again(send, "the store cannot be reached")
             return
         except PromptmillError as err:
-            note_stream("refused")
+            note_stream("denied")
             await send_problem(send, err)
             return
         left = False

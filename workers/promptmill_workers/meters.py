@@ -62,6 +62,11 @@ _LAG_S = Histogram(
 )
 _EVENTS = Histogram(f"{PREFIX}write_events", "Events of all jobs in one write to the store.", buckets=_SIZES)
 
+for _why in ("taken", "handback"):
+    _STOPS.labels(_why)  # from 0, so that an alert sees the first
+for _became in ("ended", "died", "broke", "not_started"):
+    _ALONE.labels(_became)
+
 
 def note_claim(claimed: Claimed | str) -> None:
     """A message was looked at."""
