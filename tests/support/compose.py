@@ -179,7 +179,7 @@ class Place:
         }
 
     def programs(self, name: str) -> Path:
-        """The first directory on the service's PATH; servers that have another name here have that of the image there."""
+        """The first directory on the service's PATH, where servers that have another name here have the image's."""
         path = self._own(name, "bin")
         store = find_store_program()
         broker = rabbit_program()
