@@ -113,7 +113,9 @@ def test_prometheus_runs_with_the_configuration_of_the_stack(stack: Stack) -> No
     skip_without("prometheus")
     with stack.client() as client:
         jobs = client.get(f"{stack.url('prometheus', 9090)}/api/v1/targets").json()["data"]["activeTargets"]
+        groups = client.get(f"{stack.url('prometheus', 9090)}/api/v1/rules").json()["data"]["groups"]
     assert {target["labels"]["job"] for target in jobs} >= {"prometheus"}
+    assert {rule["type"] for group in groups for rule in group["rules"]} == {"recording", "alerting"}
 
 
 def test_a_job_goes_through_gateway_worker_and_relay(stack: Stack) -> None:

@@ -6,6 +6,7 @@ Grafana is not started: no registry that the tests can reach has it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -34,6 +35,16 @@ def test_every_service_of_ours_is_scraped_on_the_port_of_its_figures() -> None:
         variables = environment_of(COMPOSE["services"][name])
         assert variables["PROMPTMILL_METRICS_PORT"] == str(names["port"])
         assert variables["PROMPTMILL_METRICS_HOST"] == "0.0.0.0"
+
+
+def test_the_rules_and_the_dashboards_look_for_the_jobs_that_are_scraped() -> None:
+    jobs = {config["job_name"] for config in yaml.safe_load(PROMETHEUS.read_text())["scrape_configs"]}
+    rules = "".join(path.read_text() for path in (ROOT / "ops" / "prometheus" / "rules").glob("*.yml"))
+    asked = set(re.findall(r'job(=~?)"([^"]+)"', rules))
+    assert asked
+    for how, job in asked:
+        assert any(re.fullmatch(job, known) if how == "=~" else job == known for known in jobs), job
+    assert list((ROOT / "ops" / "grafana" / "dashboards").glob("*.json"))
 
 
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:

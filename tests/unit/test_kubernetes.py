@@ -135,6 +135,9 @@ def test_figures_are_served_where_they_are_looked_for(name: str) -> None:
     monitor = of_kind(OBJECTS, "PodMonitor")["promptmill"]["spec"]
     assert name in selected(OBJECTS, monitor["selector"]["matchLabels"])
     assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == ["metrics"]
+    # The alerts look for this job.
+    labels = DEPLOYMENTS[name]["spec"]["template"]["metadata"]["labels"]
+    assert labels[monitor["jobLabel"]] == "promptmill"
 
 
 @pytest.mark.parametrize(("name", "family"), WORKERS.items())
