@@ -22,7 +22,7 @@ Object = dict[str, Any]
 @cache
 def _built(folder: Path) -> str:
     kubectl = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
-    assert kubectl is not None, "kubectl is in the dev group: uv sync"
+    assert kubectl is not None, "kubectl is in the group manifests"
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=120, check=False)
     # It warns of what is deprecated, and goes on.
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -43,27 +43,6 @@ def container(deployment: Object) -> Object:
     """The one container of its pods."""
     (only,) = deployment["spec"]["template"]["spec"]["containers"]
     return only
-
-
-def strict(schema: Any) -> Any:
-    """A schema of a custom resource that refuses fields which it does not name, as ``kubectl apply`` does."""
-    if isinstance(schema, list):
-        return [strict(inner) for inner in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {key: strict(inner) for key, inner in schema.items()}
-    if isinstance(found.get("properties"), dict) and not found.get("x-kubernetes-preserve-unknown-fields"):
-        found.setdefault("additionalProperties", False)
-    return found
-
-
-def custom_schema(path: Path, version: str) -> Object:
-    """The schema of one version of a custom resource definition, strict below metadata."""
-    definition = yaml.safe_load(path.read_text())
-    (schema,) = [v["schema"]["openAPIV3Schema"] for v in definition["spec"]["versions"] if v["name"] == version]
-    found = strict(schema)
-    found["properties"]["metadata"] = {"type": "object"}
-    return found
 
 
 def selected(objects: list[Object], labels: dict[str, str]) -> Iterator[str]:
