@@ -51,7 +51,8 @@ OVERVIEW: Final = Page(
             "Given up",
             "Jobs of the last day that ended as poisoned, or lost six workers: `promptmill job dead list`.",
             "short",
-            'sum(increase(promptmill_jobs_total{state="failed", code=~"poisoned|crashed", model=""}[24h])) or vector(0)',
+            'sum(increase(promptmill_jobs_total{state="failed", code=~"poisoned|crashed", model=""}[24h]))'
+            " or vector(0)",
             bad=1,
         ),
         Panel(

@@ -86,7 +86,7 @@ WORKERS: Final = Page(
         ),
         Panel(
             "Deaths and lost messages",
-            "Within ten minutes: workers that were found dead, messages that were sent again. And the jobs of dead workers"
+            "Within ten minutes: workers that were found dead, messages that were sent again. And jobs of dead workers"
             " that stand on the list of `promptmill job dead`; reading it takes off those that ran again.",
             "short",
             (
