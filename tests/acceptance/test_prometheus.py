@@ -163,10 +163,8 @@ class Known:
             self.values[label] |= {*CLASSES, *OTHER_CODES}
         for rule in rules():
             if "record" in rule:
-                level = rule["record"].split(":")[0].split("_")
-                self.labels[rule["record"]] = (
-                    set() if level == ["deployment"] else {*level, *(OF_EVERY_TARGET & {*level, "job"})}
-                )
+                level = set(rule["record"].split(":")[0].split("_")) - {"deployment"}
+                self.labels[rule["record"]] = level | ({"job"} if "instance" in level else set())
 
     def missing(self, place: str, found: Expression, text: str) -> list[str]:
         """What an expression, or the text that is made of its labels, names and is not there."""

@@ -49,9 +49,10 @@ OVERVIEW: Final = Page(
         ),
         stat(
             "Given up",
-            "Jobs on the list of `promptmill job dead`.",
+            "Jobs of the last day that ended as poisoned, or lost six workers: `promptmill job dead list`.",
             "short",
-            "max(promptmill_given_up_jobs)",
+            'sum(increase(promptmill_jobs_total{state="failed", code=~"poisoned|crashed", model=""}[24h]))'
+            " or vector(0)",
             bad=1,
         ),
         Panel(

@@ -86,11 +86,13 @@ WORKERS: Final = Page(
         ),
         Panel(
             "Deaths and lost messages",
-            "Within ten minutes: workers that were found dead, messages that were sent again.",
+            "Within ten minutes: workers that were found dead, messages that were sent again. And jobs of dead workers"
+            " that stand on the list of `promptmill job dead`; reading it takes off those that ran again.",
             "short",
             (
                 ("sum(increase(promptmill_dead_workers_total[10m]))", "dead workers"),
                 ("sum(increase(promptmill_resent_messages_total[10m]))", "messages sent again"),
+                ("max(promptmill_given_up_jobs)", "on the list of job dead"),
             ),
         ),
         Panel(
