@@ -24,7 +24,7 @@ class FakeWire:
             raise reply
         return reply
 
-    async def many(self, commands: Sequence[Any]) -> list[Any]:
+    async def many(self, commands: Sequence[Any], *, first: int = 0) -> list[Any]:
         told, self._told = self._told, []
         for earlier in told:
             await self.many(earlier)

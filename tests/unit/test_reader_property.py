@@ -344,7 +344,7 @@ class World:
     def live(self) -> list[ScriptedLink]:
         return [link for link in self.links if link.open and not link.deaf]
 
-    async def many(self, commands: Sequence[Any]) -> list[Any]:
+    async def many(self, commands: Sequence[Any], *, first: int = 0) -> list[Any]:
         """In the place of the store's shared connection."""
         if self.away:
             raise RedisConnectionError("refused")
