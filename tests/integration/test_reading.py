@@ -15,6 +15,7 @@ from promptmill import keys
 from promptmill.contract import Progress, Timeouts, parse_request
 from promptmill.errors import BadRequest, NotFound
 from promptmill.reading import Frame, Hub, Reader
+from promptmill.reading.shards import One
 from promptmill.store import Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND
 from tests.support.processes import PATIENCE_S, wait_until
@@ -295,11 +296,13 @@ async def test_a_hub_without_readers_keeps_its_connection(store: Store, hub: Hub
     job = await Job.start(store)
     reader = await hub.open(job.id)
     await anext(reader)
-    link = hub._link
+    assert isinstance(hub.subscribers, One)
+    subscriber = hub.subscribers.subscriber
+    link = subscriber.link
     assert link is not None
     await reader.aclose()
     await wait_until(lambda: _none(store, job.id), "nobody is subscribed")
-    heard = hub._heard_at
+    heard = subscriber.heard_at
     link.send([(b"PING",)])
-    await wait_until(lambda: hub._heard_at > heard, "the server answered the ping")
+    await wait_until(lambda: subscriber.heard_at > heard, "the server answered the ping")
     assert link.open

@@ -45,7 +45,7 @@ def small_bounds() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("promptmill.store.client._LOG_PAGE", PAGE)
         patch.setattr("promptmill.reading.reader._QUEUE_MAX", QUEUE_MAX)
-        patch.setattr("promptmill.reading.hub.Link", ScriptedLink)
+        patch.setattr("promptmill.reading.subscriber.Link", ScriptedLink)
         yield
 
 
