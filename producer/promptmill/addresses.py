@@ -22,6 +22,11 @@ CLUSTER: Final = ("redis+cluster", "rediss+cluster")
 SENTINEL: Final = ("redis+sentinel", "rediss+sentinel")
 SINGLE: Final = ("redis", "rediss", "unix")
 
+NO_CLUSTER: Final = (
+    "Celery cannot use a Redis Cluster as its broker: with redis_url a cluster, set broker_url to a Redis of its own "
+    "(redis://…, redis+sentinel://…) or to RabbitMQ (amqp://…)"
+)
+
 _PORTS: Final = {"redis+cluster": 6379, "rediss+cluster": 6379, "redis+sentinel": 26379, "rediss+sentinel": 26379}
 _SENTINELS_OWN: Final = ("sentinel_username", "sentinel_password")
 

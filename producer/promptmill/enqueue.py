@@ -24,6 +24,7 @@ from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from promptmill.addresses import kombu_address
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ T = TypeVar("T")
 
 def make_app(broker_url: str) -> Any:
     """A Celery app with what producers and workers must agree on. It never becomes the process's current app."""
-    app: Any = Celery("promptmill", broker=broker_url, set_as_current=False)
+    broker, options = kombu_address(broker_url)
+    app: Any = Celery("promptmill", broker=broker, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
@@ -53,6 +55,7 @@ def make_app(broker_url: str) -> Any:
             "socket_connect_timeout": 5,
             "socket_timeout": 10,
             "queue_order_strategy": "priority",
+            **options,
         },
         task_ignore_result=True,
         task_serializer="json",

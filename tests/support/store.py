@@ -22,7 +22,8 @@ CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
 _LAST_DATABASE = 15
 
 
-def _binary() -> str:
+def store_program() -> str:
+    """The path of the server that tests start where they do not say otherwise."""
     program = find_store_program()
     assert program is not None, "no Valkey or Redis server is installed"
     return str(program.path)
@@ -47,7 +48,7 @@ class StoreServer:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._append_only = append_only
-        self._program = program or _binary()
+        self._program = program or store_program()
         self._databases = 0
         self.process: subprocess.Popen[bytes] | None = None
 

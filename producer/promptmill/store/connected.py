@@ -14,7 +14,7 @@ from promptmill.errors import StoreUnavailable
 from promptmill.store import scripts
 from promptmill.store.cluster import Cluster, check_cluster
 from promptmill.store.cluster_wire import ClusterWire
-from promptmill.store.connection import check_server, open_cluster, open_redis, store_errors, where
+from promptmill.store.connection import check_single, open_cluster, open_redis, store_errors, where
 from promptmill.store.durable import ClusterDurable, Durable
 from promptmill.store.link import Command, Link
 from promptmill.store.wire import Wire
@@ -54,13 +54,7 @@ class Connected:
             return cls(open_cluster(url), cluster.address, cluster)
         redis = open_redis(url, max_connections=max_connections)
         try:
-            info = await check_server(redis, where(url))
-            if info.get("redis_mode") == "cluster":
-                raise StoreUnavailable(
-                    f"Redis at {where(url)} is a node of a cluster: write redis+cluster:// in the place of redis://",
-                    retryable=False,
-                    field="redis_url",
-                )
+            await check_single(redis, where(url))
         except BaseException:
             await redis.aclose()
             raise

@@ -32,7 +32,7 @@ from redis.exceptions import (
 from promptmill.addresses import Address, kind_of, read_address, where
 from promptmill.errors import ConfigError, StoreUnavailable
 
-__all__ = ["check_server", "open_cluster", "open_redis", "reason", "store_errors", "transport_closed", "where"]
+__all__ = ["check_server", "check_single", "open_cluster", "open_redis", "reason", "store_errors", "transport_closed", "where"]
 
 MIN_VERSION: Final = (7, 0)
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -172,3 +172,13 @@ async def check_server(redis: Redis, address: str) -> dict[str, Any]:
             field="redis_url",
         )
     return info
+
+
+async def check_single(redis: Redis, address: str) -> None:
+    """As :func:`check_server`, and raise StoreUnavailable for a node of a cluster, which is asked otherwise."""
+    if (await check_server(redis, address)).get("redis_mode") == "cluster":
+        raise StoreUnavailable(
+            f"Redis at {address} is a node of a cluster: write redis+cluster:// in the place of redis://",
+            retryable=False,
+            field="redis_url",
+        )
