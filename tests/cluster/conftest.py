@@ -29,3 +29,8 @@ def redis_url(
     monkeypatch.setenv("PROMPTMILL_BROKER_URL", store_server.empty_database())
     yield redis_cluster.url
     assert keys_without_ttl(redis_cluster) == []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on several stores runs here on the cluster alone."""
+    items[:] = [item for item in items if "tests/cluster/" not in item.nodeid or "fakeredis" not in item.nodeid]

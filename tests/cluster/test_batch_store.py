@@ -1,3 +1,6 @@
-"""As it says, on a cluster."""
+"""On a cluster."""
 
-from tests.integration.test_batch_store import *  # noqa: F403 - the tests and their fixtures
+from tests.cluster.again import again
+from tests.integration import test_batch_store as original
+
+globals().update(again(original))

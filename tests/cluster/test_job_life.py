@@ -1,3 +1,14 @@
-"""As it says, on a cluster."""
+"""On a cluster."""
 
-from tests.integration.test_job_life import *  # noqa: F403 - the tests and their fixtures
+from tests.cluster.again import again
+from tests.integration import test_job_life as original
+
+globals().update(
+    again(
+        original,
+        only={
+            "test_a_submit_that_dies_before_its_message_is_sent_has_made_a_job_that_runs",
+            "test_a_submit_that_dies_before_its_record_leaves_nothing",
+        },
+    )
+)

@@ -1,3 +1,6 @@
-"""As it says, on a cluster."""
+"""On a cluster."""
 
-from tests.integration.test_store_faults import *  # noqa: F403 - the tests and their fixtures
+from tests.cluster.again import again
+from tests.integration import test_store_faults as original
+
+globals().update(again(original, only={"test_an_outage_of_any_length_that_all_see_kills_nobody"}))

@@ -1,3 +1,6 @@
-"""As it says, on a cluster."""
+"""On a cluster."""
 
-from tests.integration.test_usage_ledger import *  # noqa: F403 - the tests and their fixtures
+from tests.cluster.again import again
+from tests.integration import test_usage_ledger as original
+
+globals().update(again(original))

@@ -32,7 +32,7 @@ class ClusterNode:
         self._program = program
         self._options = options
         self.process: subprocess.Popen[bytes] | None = None
-        directory.mkdir()
+        directory.mkdir(parents=True)
 
     @property
     def name(self) -> str:
@@ -76,13 +76,16 @@ class RedisCluster:
     """Primaries first, then as many replicas of each in turn as asked for."""
 
     def __init__(
-        self, directory: Path, *, primaries: int = 3, replicas: int = 0, options: tuple[str, ...] = ("--appendonly", "no")
+        self,
+        directory: Path,
+        *,
+        primaries: int = 3,
+        replicas: int = 0,
+        options: tuple[str, ...] = ("--appendonly", "no"),
     ) -> None:
         program = store_program()
         self._given = (program, ("--cluster-node-timeout", "1000", *options))
-        self.nodes = [
-            ClusterNode(directory / f"node-{n}", *self._given) for n in range(primaries * (1 + replicas))
-        ]
+        self.nodes = [ClusterNode(directory / f"node-{n}", *self._given) for n in range(primaries * (1 + replicas))]
         self.primaries = self.nodes[:primaries]
         self.replicas = self.nodes[primaries:]
 

@@ -31,7 +31,9 @@ class FakeWire:
         replies: list[Any] = []
         for command in commands:
             try:
-                replies.append(await self._raw.execute_command(*command))
+                reply = await self._raw.execute_command(*command)
+                # A hash comes as its fields and values in turn.
+                replies.append([part for pair in reply.items() for part in pair] if isinstance(reply, dict) else reply)
             except ResponseError as err:
                 replies.append(err)
         return replies

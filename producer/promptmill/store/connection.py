@@ -176,7 +176,9 @@ async def check_server(redis: Redis, address: str) -> dict[str, Any]:
 
 async def check_single(redis: Redis, address: str) -> None:
     """As :func:`check_server`, and raise StoreUnavailable for a node of a cluster, which is asked otherwise."""
-    if (await check_server(redis, address)).get("redis_mode") == "cluster":
+    info = await check_server(redis, address)
+    # Valkey calls it otherwise.
+    if "cluster" in (info.get("redis_mode"), info.get("server_mode")):
         raise StoreUnavailable(
             f"Redis at {address} is a node of a cluster: write redis+cluster:// in the place of redis://",
             retryable=False,

@@ -1,3 +1,0 @@
-"""As it says, on a cluster."""
-
-from tests.integration.test_batch_feeder import *  # noqa: F403 - the tests and their fixtures

@@ -1,3 +1,0 @@
-"""As it says, on a cluster."""
-
-from tests.integration.test_cancel import *  # noqa: F403 - the tests and their fixtures
