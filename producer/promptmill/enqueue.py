@@ -24,7 +24,7 @@ from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from promptmill.addresses import kombu_address
+from promptmill.addresses import kombu_address, kombu_tls
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def make_app(broker_url: str) -> Any:
             "queue_order_strategy": "priority",
             **options,
         },
+        broker_use_ssl=kombu_tls(broker_url),
         task_ignore_result=True,
         task_serializer="json",
         task_default_queue=queues_of(API_FAMILY)[0],

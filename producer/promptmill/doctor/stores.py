@@ -158,9 +158,10 @@ async def check_broker(settings: Settings) -> list[Check]:
     if settings.broker_url is None or settings.broker_url == settings.store_url:
         return []
     parts = urlsplit(settings.broker_url)
-    address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
     if kind_of(settings.broker_url) == "sentinel":
         address = where(settings.broker_url)
+    else:
+        address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
     try:
         return [await asyncio.to_thread(_look_at_broker, settings.broker_url, address, settings.served_families)]
     except Exception as err:  # noqa: BLE001 - each of kombu's transports raises errors of its own; all become a finding

@@ -29,7 +29,7 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004 - redis-py's own name
 )
 
-from promptmill.addresses import Address, kind_of, read_address, where
+from promptmill.addresses import SENTINEL_S, Address, kind_of, read_address, where
 from promptmill.errors import ConfigError, StoreUnavailable
 
 __all__ = ["check_server", "check_single", "open_cluster", "open_redis", "reason", "store_errors", "transport_closed", "where"]
@@ -94,8 +94,8 @@ def _behind_sentinel(address: Address, given: dict[str, Any]) -> Redis:
         "username": address.sentinel_username,
         "password": address.sentinel_password,
         "ssl": address.tls,
-        "socket_connect_timeout": CONNECT_TIMEOUT_S / 2,
-        "socket_timeout": CONNECT_TIMEOUT_S / 2,
+        "socket_connect_timeout": SENTINEL_S,
+        "socket_timeout": SENTINEL_S,
         "retry": Retry(NoBackoff(), 0),
     }
     of_primary["connection_class"] = SentinelManagedSSLConnection if address.tls else SentinelManagedConnection
