@@ -152,7 +152,10 @@ def kombu_address(url: str) -> tuple[str, dict[str, object]]:
     # One that is down must not be asked for seconds before the next one is.
     sentinel |= {"socket_connect_timeout": SENTINEL_S, "socket_timeout": SENTINEL_S, "retry": Retry(NoBackoff(), 0)}
     if address.tls:
-        sentinel |= {"ssl": True, **{name: value for name, value in parse_qsl(address.query) if name.startswith("ssl_")}}
+        sentinel |= {
+            "ssl": True,
+            **{name: value for name, value in parse_qsl(address.query) if name.startswith("ssl_")},
+        }
     return ";".join(urls), {"master_name": address.service, "sentinel_kwargs": sentinel}
 
 

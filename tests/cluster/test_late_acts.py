@@ -6,8 +6,6 @@ from tests.conformance import test_late_acts as original
 globals().update(
     again(
         original,
-        without={
-            "test_an_act_whose_reply_was_lost_is_done_once_and_answered_as_if_it_had_come": "its proxy is before one server"
-        },
+        without={"test_an_act_whose_reply_was_lost_is_done_once_and_answered_as_if_it_had_come": "for one server"},
     )
 )

@@ -64,6 +64,6 @@ async def test_doctor_names_the_service_and_no_password(tmp_path: Path) -> None:
 
 
 async def test_a_service_that_no_sentinel_knows_is_unavailable() -> None:
-    with pytest.raises(StoreUnavailable, match="nobody of Sentinel 127.0.0.1:1") as failed:
+    with pytest.raises(StoreUnavailable, match=r"nobody of Sentinel 127\.0\.0\.1:1") as failed:
         await Store.connect("redis+sentinel://:secret@127.0.0.1:1/nobody/0")
     assert "secret" not in str(failed.value)

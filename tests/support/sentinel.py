@@ -17,7 +17,7 @@ from tests.support.cluster import until
 from tests.support.store import StoreServer, running_store, store_program
 
 SERVICE: Final = "mymaster"
-SENTINELS_PASSWORD: Final = "watch/this:one"  # noqa: S105 - of a server that lives for one test
+SENTINELS_PASSWORD: Final = "watch/this:one"
 
 
 class Watched:

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from promptmill.store.cluster_wire import ClusterWire
 from promptmill.store.connection import reason
 from promptmill.store.link import Command
 from promptmill.store.scripts import APPEND, FENCED, GONE
-from promptmill.store.cluster_wire import ClusterWire
 from promptmill.store.wire import Wire
 from promptmill_workers.joblog import JobLog
 

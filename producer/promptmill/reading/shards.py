@@ -149,6 +149,6 @@ class Shards:
 
     def _refused(self, err: ResponseError) -> None:
         if isinstance(err, MovedError):
-            self._cluster.moved(err.slot_id, err.host, err.port)
+            self._cluster.moved(err)
         else:
             self._cluster.suspect()

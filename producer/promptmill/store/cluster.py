@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.crc import key_slot
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
 from promptmill.addresses import Address, read_address, where
@@ -184,11 +184,12 @@ class Cluster:
         self._take(rows, host)
         return bool(self.nodes)
 
-    def moved(self, slot: int, host: str, port: int) -> None:
-        """A node says who has a slot: take its word for that one, and ask for the rest."""
-        node = self._node(host, port)
-        if self._owners[slot] is not node:
-            self._owners[slot] = node
+    def moved(self, told: Any) -> None:
+        """A node's MOVED says who has a slot: take its word for that one, and ask for the rest."""
+        # Who is told to name no addresses names none here either.
+        node: Node | None = self._node(told.host, told.port) if told.host else self._owners[int(told.slot_id)]
+        if self._owners[told.slot_id] is not node:
+            self._owners[told.slot_id] = node
             self._changed()
         self.suspect()
 
@@ -219,9 +220,11 @@ class Cluster:
             node = self.nodes[name] = Node(name, self._open(host, port))
         return node
 
-    def target(self, host: str, port: int) -> Node:
-        """Where a slot is on its way to."""
-        node = self._node(host, port)
+    def target(self, told: Any) -> Node | None:
+        """Where a slot is on its way to, by a node's ASK."""
+        if not told.host:
+            return None
+        node = self._node(told.host, told.port)
         node.wanted_until = asyncio.get_running_loop().time() + _WANTED_S
         return node
 

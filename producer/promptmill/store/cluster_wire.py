@@ -152,12 +152,12 @@ class ClusterWire:
         for i in asked:
             reply = replies[i]
             if isinstance(reply, MovedError):
-                self.cluster.moved(reply.slot_id, reply.host, reply.port)
+                self.cluster.moved(reply)
                 if serial is not None:
                     raise RedisConnectionError("a slot got another owner")
                 left[i] = None
             elif isinstance(reply, AskError):
-                left[i] = self.cluster.target(reply.host, reply.port)
+                left[i] = self.cluster.target(reply)
             elif isinstance(reply, TryAgainError):
                 left[i] = None
             elif isinstance(reply, ClusterDownError):
@@ -182,7 +182,8 @@ def _parts(commands: Sequence[Command], first: int) -> list[Sequence[Command]]:
     parts: list[Sequence[Command]] = []
     for group in (commands[:first], commands[first:]):
         for apart, some in itertools.groupby(group, everywhere):
-            parts += [[command] for command in some] if apart else [[*some]]
+            together = [*some]
+            parts += [[command] for command in together] if apart else [together]
     return parts
 
 

@@ -32,7 +32,16 @@ from redis.exceptions import (
 from promptmill.addresses import SENTINEL_S, Address, kind_of, read_address, where
 from promptmill.errors import ConfigError, StoreUnavailable
 
-__all__ = ["check_server", "check_single", "open_cluster", "open_redis", "reason", "store_errors", "transport_closed", "where"]
+__all__ = [
+    "check_server",
+    "check_single",
+    "open_cluster",
+    "open_redis",
+    "reason",
+    "store_errors",
+    "transport_closed",
+    "where",
+]
 
 MIN_VERSION: Final = (7, 0)
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -70,7 +79,7 @@ def open_redis(url: str, *, max_connections: int = 64, command_timeout_s: float 
 def open_cluster(url: str) -> RedisCluster:
     """redis-py's client of a cluster, that answers bytes and never retries by itself. Nothing is connected yet."""
     address = read_address(url)
-    one: dict[str, Any] = parse_url(address.url_of(*address.nodes[0]))
+    one: dict[str, Any] = {**parse_url(address.url_of(*address.nodes[0]))}
     for name in ("host", "port", "db", "connection_class"):
         one.pop(name, None)
     return RedisCluster(

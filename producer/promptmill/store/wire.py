@@ -48,7 +48,7 @@ class Wire:
             raise reply
         return reply
 
-    async def many(self, commands: Sequence[Command], *, first: int = 0) -> list[Any]:
+    async def many(self, commands: Sequence[Command], *, first: int = 0) -> list[Any]:  # noqa: ARG002 - on one server
         """The replies, in order; an error reply stands in its place as a ``ResponseError``.
 
         The commands go out together, uninterrupted by those of others. The ``first`` so many are done before the others
