@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Final
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable

@@ -29,6 +29,7 @@ NO_CLUSTER: Final = (
     "(redis://…, redis+sentinel://…) or to RabbitMQ (amqp://…)"
 )
 
+_HOSTS: Final = "the hosts must read host:port,host:port … behind the one @ of user and password (a comma there is %2C)"
 _PORTS: Final = {"redis+cluster": 6379, "rediss+cluster": 6379, "redis+sentinel": 26379, "rediss+sentinel": 26379}
 _SENTINELS_OWN: Final = ("sentinel_username", "sentinel_password")
 
@@ -73,6 +74,8 @@ def read_address(url: str) -> Address:
     if kind == "single":
         return Address("single")
     userinfo, at, hosts = parts.netloc.rpartition("@")
+    if "," in userinfo:
+        raise ValueError(_HOSTS)
     nodes = tuple(_node(entry, _PORTS[parts.scheme]) for entry in hosts.split(","))
     options = parse_qsl(parts.query, keep_blank_values=True)
     own = {name: value for name, value in options if name in _SENTINELS_OWN}
@@ -116,21 +119,22 @@ def _node(entry: str, default_port: int) -> tuple[str, int]:
         host, port = None, None
     if not host or "@" in entry:
         # Never the entry itself: where an @ is missing or doubled it may be a part of the password.
-        raise ValueError("the hosts must read host:port,host:port … behind the one @ of user and password")
+        raise ValueError(_HOSTS)
     return host, port or default_port
 
 
 def where(url: str) -> str:
     """The address without its password, for messages."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    if kind_of(url) == "single":
-        return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
     try:
+        parts = urlsplit(url)
+        if parts.scheme == "unix":
+            return parts.path
+        if kind_of(url) == "single":
+            return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
         address = read_address(url)
     except ValueError:
-        return f"{parts.scheme}://…"
+        # Any part of it may be one of the password.
+        return "an address that cannot be read"
     nodes = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in address.nodes)
     return f"{nodes} (cluster)" if address.kind == "cluster" else f"{address.service} of Sentinel {nodes}"
 
