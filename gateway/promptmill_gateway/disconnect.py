@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final
+from typing import Final
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
@@ -121,11 +121,11 @@ class Disconnects:
     async def _look_at(self, job_ids: list[str]) -> list[str]:
         records = await self._store.find_many(job_ids)
         with store_errors(self._store.address):
-            counts: list[Any] = await self._store.wire.call("PUBSUB", "NUMSUB", *(keys.channel(i) for i in job_ids))
+            counts = await self._store.listeners(job_ids)
         read: list[str] = []
         over: list[str] = []
         cancelled: list[str] = []
-        for job_id, record, readers in zip(job_ids, records, counts[1::2], strict=True):
+        for job_id, record, readers in zip(job_ids, records, counts, strict=True):
             if record is not None and not record.ended and readers:
                 read.append(job_id)
                 continue

@@ -27,6 +27,7 @@ from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from promptmill.addresses import kombu_address, kombu_tls
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ T = TypeVar("T")
 
 def make_app(broker_url: str) -> Any:
     """A Celery app with what producers and workers must agree on. It never becomes the process's current app."""
-    app: Any = Celery("promptmill", broker=broker_url, set_as_current=False)
+    broker, options = kombu_address(broker_url)
+    app: Any = Celery("promptmill", broker=broker, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
@@ -58,7 +60,9 @@ def make_app(broker_url: str) -> Any:
             "socket_connect_timeout": 5,
             "socket_timeout": 10,
             "queue_order_strategy": "priority",
+            **options,
         },
+        broker_use_ssl=kombu_tls(broker_url),
         task_ignore_result=True,
         task_serializer="json",
         task_default_queue=queues_of(API_FAMILY)[0],

@@ -15,12 +15,13 @@ from promptmill import keys
 from promptmill.queues import API_FAMILY
 from promptmill.store import Store
 from promptmill.store.connection import store_errors
+from promptmill.store.link import Command
 from promptmill.store.scripts import Script
 
 WorkerState = Literal["starting", "ready", "draining", "quarantine"]
 """``quarantine``: it runs the jobs of one worker that lost others, and claims nothing by itself."""
 
-# KEYS: workers, claims. ARGV: worker, beat (JSON), workers' ttl s, claims' ttl s
+# KEYS: workers. ARGV: worker, beat (JSON), workers' ttl s
 _BEAT: Final = Script(
     "beat",
     """
@@ -84,19 +85,8 @@ async def beat(store: Store, worker: str, count: int, state: WorkerState, every_
     data = orjson.dumps({"n": count, "state": state, "every": every_s, **facts})
     args = (worker, data, int(keys.WORKERS_TTL.total_seconds()))
     with store_errors(store.address):
-        await store.redis.eval(_BEAT.source, 1, keys.WORKERS, *args)
-        await store.redis.expire(keys.claims(worker), keys.INDEX_TTL)
-
-
-# KEYS: workers, claims. ARGV: worker
-_LEAVE: Final = Script(
-    "leave",
-    """
-if redis.call('SCARD', KEYS[2]) > 0 then return 0 end
-return redis.call('HDEL', KEYS[1], ARGV[1])
-""",
-    prelude="",
-)
+        beaten: Command = ("EVAL", _BEAT.source, 1, keys.WORKERS, *args)
+        await store.ask([beaten, ("EXPIRE", keys.claims(worker), int(keys.INDEX_TTL.total_seconds()))])
 
 
 async def leave(store: Store, worker: str) -> None:
@@ -105,19 +95,18 @@ async def leave(store: Store, worker: str) -> None:
     One that still has claims stays on it: its silent heartbeat is how the watchers find them. Raises StoreUnavailable.
     """
     with store_errors(store.address):
-        # On the wire, behind what was told of the last claims.
-        await store.wire.call("EVAL", _LEAVE.source, 2, keys.WORKERS, keys.claims(worker), worker)
+        # On the wire, behind what was told of the last claims. In two acts: nobody but the worker adds to its claims.
+        if not await store.wire.call("SCARD", keys.claims(worker)):
+            await store.wire.call("HDEL", keys.WORKERS, worker)
 
 
 async def read_beats(store: Store) -> tuple[list[Beat], int]:
     """The last heartbeat of every worker that has not been given up, and Redis's time in ms."""
     with store_errors(store.address):
-        pipe = store.redis.pipeline(transaction=False)
-        pipe.hgetall(keys.WORKERS)
-        pipe.time()
-        rows, (seconds, micros) = await pipe.execute()
+        flat, (seconds, micros) = await store.ask([("HGETALL", keys.WORKERS), ("TIME",)])
     now_ms = int(seconds) * 1000 + int(micros) // 1000
-    return [_read(worker.decode(), orjson.loads(raw)) for worker, raw in rows.items()], now_ms
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return [_read(worker.decode(), orjson.loads(raw)) for worker, raw in pairs], now_ms
 
 
 def _read(worker: str, data: dict[str, Any]) -> Beat:

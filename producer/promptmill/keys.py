@@ -1,7 +1,8 @@
 """Every Redis key and channel of promptmill, and who may touch it.
 
-Keys of one job share the hash tag ``{JOB}``, so a script or transaction touches one slot of a Redis Cluster. Every key
-has a time to live, set when it is written or when its job changes state: nothing of ours stays for ever.
+Keys of one job share the hash tag ``{JOB}``, so a script or transaction touches one slot of a Redis Cluster; there the
+job's channel is a sharded one. Every key has a time to live, set when it is written or when its job changes state:
+nothing of ours stays for ever.
 
 ===========================  ========  ==========================  ==========================  =======================
 key                          type      written by                  read by                     time to live
@@ -15,6 +16,7 @@ key                          type      written by                  read by      
 ``pm:servers``               hash      gateway, relay              operators                   1 minute, renewed
 ``pm:sweep``                 string    sweep                       sweep                       one heartbeat period
 ``pm:mark``                  string    submit                      -                           1 minute, renewed
+``pm:mark:N``                string    submit, on a cluster        -                           1 minute, renewed
 ``pm:worker:W:claims``       set       worker W                    watchers                    7 days, renewed
 ``pm:worker:W``              channel   cancel script               worker W                    -
 ``pm:operators``             channel   workers, submit             operators                   -
@@ -79,7 +81,7 @@ SERVERS: Final = "pm:servers"
 ALL_JOBS: Final = "pm:jobs"
 SWEEP_LOCK: Final = "pm:sweep"
 MARK: Final = "pm:mark"
-"""Written behind other writes: once it is on a disk, so are they."""
+"""Written behind other writes: once it is on a disk, so are they. On a cluster each node has one, by a number."""
 SIGNING_KEY: Final = "pm:signing-key"
 TROUBLED: Final = "pm:troubled"
 """The models and hosts that failed within the last day, scored by the reporter's clock in s: a superset."""

@@ -136,17 +136,14 @@ class Watcher:
         """
         store = self._store
         with store_errors(store.address):
-            held: set[bytes] = await store.redis.smembers(keys.claims(worker))
+            held: list[bytes] = await store.wire.call("SMEMBERS", keys.claims(worker))
         logger.warning("worker %s is dead; it held %d jobs", worker, len(held))
         job_ids = [raw.decode() for raw in held]
         await self.release(job_ids, dead_worker=worker, poisoned=poisoned)
         with store_errors(store.address):
-            pipe = store.redis.pipeline(transaction=False)
-            if job_ids:
-                # Only what was read: a worker that was merely frozen may be claiming again.
-                pipe.srem(keys.claims(worker), *job_ids)
-            pipe.hdel(keys.WORKERS, worker)
-            *_, removed = await pipe.execute()
+            # Only what was read: a worker that was merely frozen may be claiming again.
+            forget: list[Command] = [("SREM", keys.claims(worker), *job_ids)] if job_ids else []
+            *_, removed = await store.ask([*forget, ("HDEL", keys.WORKERS, worker)], first=len(forget))
         # Messages that it had taken and not claimed died with it. One watcher is enough to look for them.
         self._early = self._early or bool(removed)
         self.counted["deaths"] += int(bool(removed))
@@ -231,32 +228,33 @@ class Watcher:
 
         One watcher at a time does it: the others would only send the same messages again.
         """
-        redis = self._store.redis
+        wire = self._store.wire
         with store_errors(self._store.address):
-            if not await redis.set(keys.SWEEP_LOCK, "1", nx=True, px=int(self._period_s * 1000)):
+            if not await wire.call("SET", keys.SWEEP_LOCK, "1", "NX", "PX", int(self._period_s * 1000)):
                 return 0
-            seconds, micros = await redis.time()
-            now_ms = seconds * 1000 + micros // 1000
+            seconds, micros = await wire.call("TIME")
+            now_ms = int(seconds) * 1000 + int(micros) // 1000
         sent = 0
         self.counted["sweeps"] += 1
         for _ in range(_ROUNDS_MAX):
             with store_errors(self._store.address):
-                due: list[tuple[bytes, float]] = await redis.zrangebyscore(
-                    keys.OUTBOX, "-inf", now_ms, start=0, num=_SWEEP_MAX, withscores=True
-                )
+                due = await self._outbox("-inf", now_ms, _SWEEP_MAX)
             sent += await self._look_at(due, now_ms)
             if len(due) < _SWEEP_MAX:
                 break
         if self._early:
             with store_errors(self._store.address):
-                early = await redis.zrangebyscore(
-                    keys.OUTBOX, f"({now_ms}", "+inf", start=0, num=_EARLY_MAX, withscores=True
-                )
+                early = await self._outbox(f"({now_ms}", "+inf", _EARLY_MAX)
             for start in range(0, len(early), _SWEEP_MAX):
                 sent += await self._look_at(early[start : start + _SWEEP_MAX], now_ms)
             self._early = False
         await sweep_unbooked(self._store, self.registry, self._ledger_retention_s)
         return sent
+
+    async def _outbox(self, lowest: str | int, highest: str | int, count: int) -> list[tuple[bytes, float]]:
+        limit = ("WITHSCORES", "LIMIT", 0, count)
+        flat: list[bytes] = await self._store.wire.call("ZRANGEBYSCORE", keys.OUTBOX, lowest, highest, *limit)
+        return [(name, float(score)) for name, score in zip(flat[::2], flat[1::2], strict=True)]
 
     async def _look_at(self, due: list[tuple[bytes, float]], now_ms: int) -> int:
         """Decide on some entries, due or not: send again, look later, expire, or forget."""
@@ -303,11 +301,11 @@ class Watcher:
         """The messages that are to be sent, again or for the first time; notes in ``later`` when to look again."""
         depth = await self._enqueuer.depth(queue)
         with store_errors(self._store.address):
-            raw: Any = await self._store.redis.hget(keys.CLAIMED, queue)
+            raw: Any = await self._store.wire.call("HGET", keys.CLAIMED, queue)
             # Lines of batches wait there, without a message, until a worker takes them.
             ready: list[bytes] = []
             if any(record.batch for record in records):
-                ready = await self._store.redis.lrange(keys.ready(queue), 0, -1)
+                ready = await self._store.wire.call("LRANGE", keys.ready(queue), 0, -1)
         claimed_ms = int(raw or 0)
         # What was put off has had no message at all.
         put_off = [r for r in records if "not_before" in r.st]
@@ -325,14 +323,14 @@ class Watcher:
 
     async def _reschedule(self, later: dict[str, int], done: list[str]) -> None:
         with store_errors(self._store.address):
-            pipe = self._store.redis.pipeline(transaction=False)
+            commands: list[Command] = [("EXPIRE", keys.OUTBOX, int(keys.INDEX_TTL.total_seconds()))]
             if later:
                 # XX: a claim may have removed an entry meanwhile.
-                pipe.zadd(keys.OUTBOX, later, xx=True)
+                scored = (part for job_id, at in later.items() for part in (at, job_id))
+                commands.append(("ZADD", keys.OUTBOX, "XX", *scored))
             if done:
-                pipe.zrem(keys.OUTBOX, *done)
-            pipe.expire(keys.OUTBOX, keys.INDEX_TTL)
-            await pipe.execute()
+                commands.append(("ZREM", keys.OUTBOX, *done))
+            await self._store.ask(commands)
 
 
 def _next_look(record: Record, at_ms: float) -> int:

@@ -124,11 +124,14 @@ class SharedSecret:
 
     async def _look_up(self) -> bytes:
         with store_errors(self._store.address):
-            pipe = self._store.redis.pipeline(transaction=False)
-            pipe.set(keys.SIGNING_KEY, secrets.token_hex(32), nx=True, ex=keys.SIGNING_KEY_TTL)
-            pipe.get(keys.SIGNING_KEY)
-            pipe.expire(keys.SIGNING_KEY, keys.SIGNING_KEY_TTL)
-            replies = await pipe.execute()
+            ttl_s = int(keys.SIGNING_KEY_TTL.total_seconds())
+            replies = await self._store.ask(
+                [
+                    ("SET", keys.SIGNING_KEY, secrets.token_hex(32), "NX", "EX", ttl_s),
+                    ("GET", keys.SIGNING_KEY),
+                    ("EXPIRE", keys.SIGNING_KEY, ttl_s),
+                ]
+            )
         return bytes(replies[1])
 
 

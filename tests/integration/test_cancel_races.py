@@ -18,6 +18,7 @@ from promptmill.store.ids import EventId
 from promptmill.watch import MAX_CRASHES
 from promptmill_workers.engine import Engine
 from tests.support.processes import wait_until
+from tests.support.store import listeners_of
 from tests.support.streams import check_whole
 from tests.support.worker import worker_process
 
@@ -210,7 +211,7 @@ async def test_a_cancel_that_comes_while_the_claims_reply_is_on_its_way_stops_th
         channel = keys.control(engine.worker_id)
 
         async def listens() -> bool:
-            return dict(await engine.store.redis.pubsub_numsub(channel))[channel.encode()] == 1
+            return await listeners_of(engine.store, channel) == 1
 
         await wait_until(listens, "the worker listens to its channel")
         async with AsyncProducer(settings) as producer:

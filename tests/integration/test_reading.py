@@ -15,9 +15,11 @@ from promptmill import keys
 from promptmill.contract import Progress, Timeouts, parse_request
 from promptmill.errors import BadRequest, NotFound
 from promptmill.reading import Frame, Hub, Reader
+from promptmill.reading.shards import One
 from promptmill.store import Claimed, EventId, Store, Submission
 from promptmill.store.scripts import APPEND
 from tests.support.processes import PATIENCE_S, wait_until
+from tests.support.store import cut_subscribers
 from tests.support.streams import text_of_frames
 
 
@@ -122,7 +124,7 @@ async def test_an_id_from_the_future_still_gets_an_end(store: Store, hub: Hub) -
 
 
 async def _subscribers(store: Store, job_id: str) -> bool:
-    return (await store.redis.pubsub_numsub(keys.channel(job_id)))[0][1] > 0
+    return (await store.listeners([job_id]))[0] > 0
 
 
 async def test_an_unknown_job_is_refused(hub: Hub) -> None:
@@ -147,7 +149,7 @@ async def test_a_cut_pubsub_connection_loses_nothing(store: Store, hub: Hub) -> 
     for i in range(30):
         if i % 10 == 5:
             await wait_until(lambda: _subscribers(store, job.id), "the reader is subscribed")
-            await store.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+            await cut_subscribers(store)
         await job.say(f"{i} ")
     await job.finish()
     frames = await reading
@@ -162,7 +164,7 @@ async def test_a_reader_that_is_not_read_is_bounded_and_misses_nothing(store: St
     await wait_until(lambda: _subscribers(store, job.id), "the reader is subscribed")
     for _ in range(30):
         await job.say(*["word "] * 100)
-    await store.redis.ping()
+    await store.wire.call("PING")
     assert len(reader._queue) <= 512
     await job.finish()
     async for batch in reader:
@@ -260,7 +262,7 @@ async def test_any_interleaving_of_publish_subscribe_and_reconnect(store: Store,
         for i in range(dice.randrange(20, 60)):
             await job.say(*(f"{i}.{k} " for k in range(dice.randrange(1, 4))))
             if dice.random() < 0.1:
-                await store.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+                await cut_subscribers(store)
             await asyncio.sleep(dice.choice([0, 0, 0.001, 0.005]))
         await job.finish()
 
@@ -295,11 +297,13 @@ async def test_a_hub_without_readers_keeps_its_connection(store: Store, hub: Hub
     job = await Job.start(store)
     reader = await hub.open(job.id)
     await anext(reader)
-    link = hub._link
+    assert isinstance(hub.subscribers, One)
+    subscriber = hub.subscribers.subscriber
+    link = subscriber.link
     assert link is not None
     await reader.aclose()
     await wait_until(lambda: _none(store, job.id), "nobody is subscribed")
-    heard = hub._heard_at
+    heard = subscriber.heard_at
     link.send([(b"PING",)])
-    await wait_until(lambda: hub._heard_at > heard, "the server answered the ping")
+    await wait_until(lambda: subscriber.heard_at > heard, "the server answered the ping")
     assert link.open

@@ -160,10 +160,10 @@ async def test_a_lost_reply_of_the_booking_script_loses_and_doubles_nothing(
     await finish(store, job_id, token, [a_try(token, day)])
     ask, asked = store.ask, 0
 
-    async def lose_the_second(commands: Any) -> Any:
+    async def lose_the_second(commands: Any, **options: Any) -> Any:
         nonlocal asked
         asked += 1
-        replies = await ask(commands)
+        replies = await ask(commands, **options)
         if asked == 2:
             raise ConnectionResetError("the reply is lost")
         return replies
@@ -207,12 +207,12 @@ async def test_what_the_booker_is_told_while_the_store_is_away_is_told_when_it_i
     job_id, token = await claim()
     ask, failures = store.ask, 3
 
-    async def away_for_a_while(commands: Any) -> Any:
+    async def away_for_a_while(commands: Any, **options: Any) -> Any:
         nonlocal failures
         failures -= 1
         if failures >= 0:
             raise ConnectionRefusedError("away")
-        return await ask(commands)
+        return await ask(commands, **options)
 
     monkeypatch.setattr(store, "ask", away_for_a_while)
     booker = Booker(store, lambda: REGISTRY, RETENTION_S)
@@ -227,7 +227,7 @@ async def test_what_the_booker_is_told_while_the_store_is_away_is_told_when_it_i
 async def test_the_booker_does_not_hold_a_worker_up_whose_store_stays_away(
     store, day, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def away(commands: Any) -> Any:
+    async def away(commands: Any, **options: Any) -> Any:
         raise ConnectionRefusedError("away")
 
     monkeypatch.setattr(store, "ask", away)

@@ -24,14 +24,16 @@ class FakeWire:
             raise reply
         return reply
 
-    async def many(self, commands: Sequence[Any]) -> list[Any]:
+    async def many(self, commands: Sequence[Any], *, first: int = 0) -> list[Any]:
         told, self._told = self._told, []
         for earlier in told:
             await self.many(earlier)
         replies: list[Any] = []
         for command in commands:
             try:
-                replies.append(await self._raw.execute_command(*command))
+                reply = await self._raw.execute_command(*command)
+                # A hash comes as its fields and values in turn.
+                replies.append([part for pair in reply.items() for part in pair] if isinstance(reply, dict) else reply)
             except ResponseError as err:
                 replies.append(err)
         return replies

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from promptmill.store import Store
 from promptmill.up.embedded import find_store_program, free_port
 
 CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
@@ -22,7 +23,8 @@ CELERY_OWN = ("_kombu", "promptmill.", "unacked", "celery")
 _LAST_DATABASE = 15
 
 
-def _binary() -> str:
+def store_program() -> str:
+    """The path of the server that tests start where they do not say otherwise."""
     program = find_store_program()
     assert program is not None, "no Valkey or Redis server is installed"
     return str(program.path)
@@ -47,7 +49,7 @@ class StoreServer:
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._directory = directory
         self._append_only = append_only
-        self._program = program or _binary()
+        self._program = program or store_program()
         self._databases = 0
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -98,3 +100,16 @@ def keys_without_ttl(url: str) -> list[str]:
     with redis.Redis.from_url(url) as client:
         ours = [key for key in client.scan_iter(count=1000) if not key.decode().startswith(CELERY_OWN)]
         return [key.decode() for key in ours if client.ttl(key) == -1]
+
+
+async def listeners_of(store: Store, channel: str) -> int:
+    """How many connections listen to a plain channel, on one server or on all primaries of a cluster."""
+    servers = [store.redis] if store.cluster is None else [node.redis for node in await store.cluster.primaries()]
+    return sum([int((await server.pubsub_numsub(channel))[0][1]) for server in servers])
+
+
+async def cut_subscribers(store: Store) -> None:
+    """Cut every pub/sub connection to the store's server, or to each of its cluster's primaries."""
+    servers = [store.redis] if store.cluster is None else [node.redis for node in await store.cluster.primaries()]
+    for server in servers:
+        await server.execute_command("CLIENT", "KILL", "TYPE", "pubsub")

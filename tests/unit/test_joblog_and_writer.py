@@ -87,7 +87,7 @@ class BadWire(FakeWire):
         super().__init__(good._raw)
         self.plan: list[str] = []
 
-    async def many(self, commands: Sequence[Any]) -> list[Any]:
+    async def many(self, commands: Sequence[Any], *, first: int = 0) -> list[Any]:
         fault = self.plan.pop(0) if self.plan else "ok"
         if fault == "before":
             raise RedisConnectionError("cut before")

@@ -45,7 +45,7 @@ def small_bounds() -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("promptmill.store.client._LOG_PAGE", PAGE)
         patch.setattr("promptmill.reading.reader._QUEUE_MAX", QUEUE_MAX)
-        patch.setattr("promptmill.reading.hub.Link", ScriptedLink)
+        patch.setattr("promptmill.reading.subscriber.Link", ScriptedLink)
         yield
 
 
@@ -344,7 +344,7 @@ class World:
     def live(self) -> list[ScriptedLink]:
         return [link for link in self.links if link.open and not link.deaf]
 
-    async def many(self, commands: Sequence[Any]) -> list[Any]:
+    async def many(self, commands: Sequence[Any], *, first: int = 0) -> list[Any]:
         """In the place of the store's shared connection."""
         if self.away:
             raise RedisConnectionError("refused")

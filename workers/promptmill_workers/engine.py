@@ -22,7 +22,6 @@ from promptmill.queues import API_FAMILY
 from promptmill.settings import FAMILIES, PROGRAM_FAMILIES, ModelConfig, Settings
 from promptmill.store import Store
 from promptmill.store.connection import reason, store_errors
-from promptmill.store.link import Link
 from promptmill.usage import warm
 from promptmill.watch import Watcher
 from promptmill_workers.feeding import Feeding
@@ -285,7 +284,7 @@ class Engine:
         channel = keys.control(self.worker_id).encode()
         while True:
             try:
-                link = await Link.connect(self.store.redis, self._controlled)
+                link = await self.store.link(self._controlled)
             except (RedisError, OSError) as err:
                 logger.warning("control channel not open: %s", reason(err))
                 await asyncio.sleep(self.settings.heartbeat_s / 4)

@@ -35,7 +35,6 @@ class JobLog:
         "_pending",
         "_room",
         "acked",
-        "channel",
         "claim",
         "dirty",
         "epoch",
@@ -56,7 +55,6 @@ class JobLog:
         self.claim = claim
         self.epoch = b"%d" % epoch
         self.record_key, self.log_key = keys.record(job_id).encode(), keys.log(job_id).encode()
-        self.channel = keys.channel(job_id).encode()
         self._pending: deque[str | bytes] = deque()
         self._kept: deque[bytes] = deque()
         self._kept_from = 2

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from promptmill.store.cluster_wire import ClusterWire
 from promptmill.store.connection import reason
 from promptmill.store.link import Command
 from promptmill.store.scripts import APPEND, FENCED, GONE
@@ -38,7 +39,7 @@ _SHA: Final = APPEND.sha.encode()
 class Writer:
     """Writes the logs of all running jobs of a process. Start it once; use from the loop that started it."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire | ClusterWire) -> None:
         self._wire = wire
         self._dirty: list[JobLog] = []
         self._quiet: list[JobLog] = []
@@ -205,7 +206,7 @@ class Writer:
 
     @staticmethod
     def _append(log: JobLog, first: int, payloads: list[bytes]) -> Command:
-        return (_EVALSHA, _SHA, b"3", log.record_key, log.log_key, log.channel, log.claim, log.epoch, first, *payloads)
+        return (_EVALSHA, _SHA, b"2", log.record_key, log.log_key, log.claim, log.epoch, first, *payloads)
 
     def _settle_reply(self, log: JobLog, last: int, reply: Any) -> None:
         if reply == FENCED:

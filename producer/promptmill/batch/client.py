@@ -170,7 +170,7 @@ class BatchClient:
     async def _tell(self, store: Store, batch_id: str) -> None:
         # The feeder may have dropped the name while there was no batch yet.
         with store_errors(store.address):
-            await store.ask([("ZADD", keys.BATCHES, "NX", _now_ms(), batch_id), tell(b"batch")])
+            await store.ask([("ZADD", keys.BATCHES, "NX", _now_ms(), batch_id), tell(b"batch")], first=1)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -178,8 +178,8 @@ class BatchClient:
         """The batch as it stands now. Raises NotFound."""
         store = await self._store()
         with store_errors(store.address):
-            fields: dict[bytes, bytes] = await store.redis.hgetall(keys.batch(keys.check_job_id(batch_id)))
-        return read_status(batch_id, fields)
+            flat: list[bytes] = await store.wire.call("HGETALL", keys.batch(keys.check_job_id(batch_id)))
+        return read_status(batch_id, dict(zip(flat[::2], flat[1::2], strict=True)))
 
     async def list(self, user: str | None = None, limit: int = 50) -> list[BatchStatus]:
         """Batches that are still kept, newest first, of one user or of all."""

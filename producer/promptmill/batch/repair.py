@@ -98,8 +98,7 @@ async def _stop(store: Store, job_ids: Sequence[str], reason: str) -> None:
     )
     script = job_scripts.STOP
     commands: list[Command] = [
-        ("EVALSHA", script.sha, 3, keys.record(job_id), keys.log(job_id), keys.channel(job_id), *given)
-        for job_id in job_ids
+        ("EVALSHA", script.sha, 2, keys.record(job_id), keys.log(job_id), *given) for job_id in job_ids
     ]
     with store_errors(store.address):
         try:

@@ -178,9 +178,9 @@ class Steps:
         ]
         with store_errors(self._store.address):
             try:
-                await self._store.ask(commands)
+                await self._store.ask(commands, first=2)
             except NoScriptError:
-                await self._store.ask([("SCRIPT", "LOAD", job_scripts.SUBMIT.source), *commands])
+                await self._store.ask([("SCRIPT", "LOAD", job_scripts.SUBMIT.source), *commands], first=3)
 
     async def _push(self, jobs: Sequence[Submission]) -> None:
         """Tell the workers of jobs that exist."""
@@ -191,7 +191,8 @@ class Steps:
         for queue, ids in queues.items():
             commands += [("RPUSH", keys.ready(queue), *ids), ("PEXPIRE", keys.ready(queue), _TTL_MS)]
         with store_errors(self._store.address):
-            await self._store.ask([*commands, tell(b"ready")])
+            # Told behind it: who hears of it must find it.
+            await self._store.ask([*commands, tell(b"ready")], first=len(commands))
 
     async def _link(self, known: Known, equal: Sequence[tuple[int, int]], *, cancelling: bool) -> bool:
         """Lines that have an earlier one's answer end with it, or at once where it has ended already."""

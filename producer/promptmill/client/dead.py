@@ -31,7 +31,7 @@ async def dead_request(store: Store, job_id: str) -> JobRequest:
     if not is_dead(record):
         raise BadRequest(f"job {job_id} was not given up: it is {record.state}", field="id")
     with store_errors(store.address):
-        stored: bytes | None = await store.redis.hget(keys.record(job_id), "request")
+        stored: bytes | None = await store.wire.call("HGET", keys.record(job_id), "request")
     if stored is None:
         raise StoreUnavailable(f"the request of job {job_id} is gone from the store", retryable=False)
     return JobRequest.model_validate_json(stored)

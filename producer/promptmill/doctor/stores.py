@@ -3,45 +3,94 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from promptmill.addresses import kind_of, kombu_address, where
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
 from promptmill.queues import queues_of
 from promptmill.settings import Settings
-from promptmill.store.connection import check_server, open_redis, reason, store_errors, where
+from promptmill.store.cluster import Cluster, check_cluster
+from promptmill.store.connection import check_server, check_single, open_redis, reason, store_errors
 
 _BROKER_S: Final = 5
 
 
 async def check_store(settings: Settings) -> list[Check]:
     """Reachable, version, append-only file, eviction policy, and whether a worker can claim."""
-    redis = open_redis(settings.store_url, max_connections=1)
-    address = where(settings.store_url)
     try:
-        server = await check_server(redis, address)
-        with store_errors(address):
-            memory: dict[str, Any] = await redis.info("memory")  # pyright: ignore[reportUnknownMemberType]
-            kept: dict[str, Any] = await redis.info("persistence")  # pyright: ignore[reportUnknownMemberType]
-            policy = await _appendfsync(redis)
+        async with _servers(settings.store_url) as servers:
+            looked = [await _look_at(address, redis) for address, redis in servers.items()]
     except PromptmillError as err:
         if settings.redis_url is None:
             return [Check("reachable", "redis", "off", err.message, "start `promptmill up`, or set redis_url")]
         return [Check("reachable", "redis", "fail", err.message, "see that it runs and that redis_url is right")]
+    names = ", ".join(dict.fromkeys(one.program for one in looked))
+    address = where(settings.store_url)
+    if kind_of(settings.store_url) == "cluster":
+        address = f"{', '.join(one.address for one in looked)}: a cluster of {len(looked)} nodes"
+    return [
+        Check("reachable", "redis", "ok", f"{names} at {address}"),
+        _worst({one.address: one.persistence for one in looked}),
+        _worst({one.address: one.eviction for one in looked}),
+        *await _workers(settings),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    address: str
+    program: str
+    persistence: Check
+    eviction: Check
+
+
+@asynccontextmanager
+async def _servers(url: str) -> AsyncGenerator[dict[str, Redis]]:
+    """The server, or the primaries of the cluster, by address."""
+    if kind_of(url) == "cluster":
+        cluster = Cluster(url, max_connections=1)
+        try:
+            await check_cluster(cluster)
+            yield {name: node.redis for name, node in cluster.nodes.items()}
+        finally:
+            await cluster.aclose()
+        return
+    redis = open_redis(url, max_connections=1)
+    try:
+        await check_single(redis, where(url))
+        yield {where(url): redis}
     finally:
         await redis.aclose()
+
+
+async def _look_at(address: str, redis: Redis) -> _Server:
+    server = await check_server(redis, address)
+    with store_errors(address):
+        memory: dict[str, Any] = await redis.info("memory")  # pyright: ignore[reportUnknownMemberType]
+        kept: dict[str, Any] = await redis.info("persistence")  # pyright: ignore[reportUnknownMemberType]
+        policy = await _appendfsync(redis)
     name = "Valkey" if server.get("server_name") == "valkey" else "Redis"
     version = server.get("valkey_version") or server.get("redis_version")
-    checks = [
-        Check("reachable", "redis", "ok", f"{name} {version} at {address}"),
-        _persistence(kept, policy),
-        _eviction(memory),
-    ]
-    return [*checks, *await _workers(settings)]
+    return _Server(address, f"{name} {version}", _persistence(kept, policy), _eviction(memory))
+
+
+def _worst(checks: dict[str, Check]) -> Check:
+    """One finding for all servers: the worst, with the addresses of those that it holds for where others are better."""
+    ranks = ("ok", "off", "fail")
+    worst = max(checks.values(), key=lambda check: ranks.index(check.status))
+    if all(check.status == worst.status for check in checks.values()):
+        return worst
+    places = ", ".join(address for address, check in checks.items() if check.status == worst.status)
+    return replace(worst, found=f"{places}: {worst.found}")
 
 
 async def _appendfsync(redis: Any) -> str | None:
@@ -109,7 +158,10 @@ async def check_broker(settings: Settings) -> list[Check]:
     if settings.broker_url is None or settings.broker_url == settings.store_url:
         return []
     parts = urlsplit(settings.broker_url)
-    address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
+    if kind_of(settings.broker_url) == "sentinel":
+        address = where(settings.broker_url)
+    else:
+        address = f"{parts.scheme}://{parts.hostname or ''}:{parts.port or ''}".rstrip(":")
     try:
         return [await asyncio.to_thread(_look_at_broker, settings.broker_url, address, settings.served_families)]
     except Exception as err:  # noqa: BLE001 - each of kombu's transports raises errors of its own; all become a finding
@@ -125,7 +177,8 @@ def _look_at_broker(url: str, address: str, families: list[str]) -> Check:
     from promptmill.enqueue import broker_queue, foreign_queue, is_amqp  # noqa: PLC0415
 
     connection: Any
-    with Connection(url, connect_timeout=_BROKER_S) as connection:
+    address_of, options = kombu_address(url)
+    with Connection(address_of, connect_timeout=_BROKER_S, transport_options=options) as connection:
         connection.ensure_connection(max_retries=1, timeout=_BROKER_S)
         if not is_amqp(url):
             return Check("reachable", "broker", "ok", address)

@@ -1,34 +1,20 @@
-"""One pub/sub connection for all readers of a process.
-
-redis-py's own pub/sub object reconnects in silence and what was published meanwhile is gone. Here the connection is
-ours: when it breaks, every channel is subscribed again and, once acknowledged, every reader reads its log again.
-"""
+"""All readers of a process: one pub/sub connection, or on a cluster one to each shard."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import random
 from collections import Counter
-from typing import Any, Final, cast
-
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
 from promptmill import keys
 from promptmill.errors import NotFound, StoreUnavailable
 from promptmill.reading.channel import Channel, Listener
 from promptmill.reading.reader import Reader
+from promptmill.reading.shards import One, Shards
 from promptmill.store import EventId, Store
-from promptmill.store.connection import reason
-from promptmill.store.link import Link
 
 logger = logging.getLogger(__name__)
-
-_PING_EVERY_S: Final = 10.0
-_SILENCE_MAX_S: Final = 25.0
-_BACKOFF_MAX_S: Final = 2.0
 
 
 class Hub:
@@ -44,15 +30,19 @@ class Hub:
         self.counted: Counter[str] = Counter()
         """Since the start: ``replays``, ``gaps`` and ``overflows`` of readers, ``connections`` of ours."""
         self._channels: dict[bytes, Channel] = {}
-        self._link: Link | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._heard_at = 0.0
+        self.subscribers: One | Shards = (
+            One(store, self._forget, self._connected)
+            if store.cluster is None
+            else Shards(store.cluster, self._channels, self._forget, self._connected)
+        )
+        self._ticker: asyncio.Task[None] | None = None
         self._closed = False
 
     async def start(self) -> None:
         """Begin to connect; does not wait for Redis. Does nothing once closed."""
-        if not self._tasks and not self._closed:
-            self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._tick())]
+        if self._ticker is None and not self._closed:
+            self.subscribers.start()
+            self._ticker = asyncio.create_task(self._tick())
 
     async def aclose(self) -> None:
         """Wake every reader for its end, then close the connection."""
@@ -60,12 +50,12 @@ class Hub:
         for channel in list(self._channels.values()):
             for reader in list(channel.readers):
                 reader.stop()
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await self.subscribers.aclose()
             with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._tasks = []
+                await self._ticker
+            self._ticker = None
 
     @property
     def channels(self) -> int:
@@ -110,7 +100,7 @@ class Hub:
         channel = self._channels.get(name)
         if channel is None:
             channel = self._channels[name] = Channel(name)
-            self._send(b"SUBSCRIBE", name)
+            self.subscribers.add(channel)
         channel.readers.add(reader)
         if self._closed:
             # Opened before the hub closed, read only now: nobody else would end it.
@@ -121,81 +111,20 @@ class Hub:
         """Take a reader off its channel; the last one unsubscribes it, once the subscription was acknowledged."""
         channel.readers.discard(reader)
         # Before its acknowledgement a channel is kept: the acknowledgement could be taken for a later subscription's.
-        if not channel.readers and channel.acked.is_set():
-            self._drop(channel)
+        if not channel.readers and channel.acked.is_set() and self._channels.get(channel.name) is channel:
+            self._forget(channel)
+            self.subscribers.drop(channel)
 
-    def _drop(self, channel: Channel) -> None:
+    def _forget(self, channel: Channel) -> None:
         if self._channels.get(channel.name) is channel:
             del self._channels[channel.name]
-            self._send(b"UNSUBSCRIBE", channel.name)
 
-    def _send(self, *command: bytes) -> None:
-        # Without a link nothing is lost: the next one subscribes to everything.
-        if self._link is not None:
-            self._link.send([command])
-
-    # -- the connection -----------------------------------------------------------------------------------------
-
-    async def _run(self) -> None:
-        backoff = 0.05
-        while not self._closed:
-            try:
-                link = await Link.connect(self.store.redis, self._received)
-            except (RedisError, OSError) as err:
-                logger.warning("pub/sub connection not made: %s", reason(err))
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret
-                backoff = min(backoff * 2, _BACKOFF_MAX_S)
-                continue
-            backoff = 0.05
-            try:
-                self._resubscribe(link)
-                logger.warning("pub/sub connection lost: %s", await link.lost)
-            finally:
-                self._link = None
-                for channel in self._channels.values():
-                    channel.acked.clear()
-                await link.aclose()
-
-    def _resubscribe(self, link: Link) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
-        self._link = link
+    def _connected(self) -> None:
         self.counted["connections"] += 1
-        for name in [n for n, c in self._channels.items() if not c.readers]:
-            del self._channels[name]
-        names = list(self._channels)
-        link.send([(b"SUBSCRIBE", *names[i : i + 1000]) for i in range(0, len(names), 1000)])
-
-    def _received(self, message: Any) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
-        if not isinstance(message, list):
-            # Without any subscription PING is answered as on any connection.
-            if message != b"PONG" and self._link is not None:
-                self._link.fail(RedisConnectionError(f"unexpected on the pub/sub connection: {message}"))
-            return
-        parts = cast("list[bytes]", message)
-        if parts[0] == b"message":
-            channel = self._channels.get(parts[1])
-            if channel is not None:
-                for reader in channel.readers:
-                    reader.offer(parts[2])
-        elif parts[0] == b"subscribe":
-            self._acknowledged(parts[1])
-
-    def _acknowledged(self, name: bytes) -> None:
-        channel = self._channels.get(name)
-        if channel is None:
-            return
-        channel.acked.set()
-        for reader in channel.readers:
-            # What was published before this moment is in the log; what comes after arrives here.
-            reader.reread()
-        if not channel.readers:
-            self._drop(channel)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         period = min(1.0, self.keepalive_s / 4)
-        pinged_at = 0.0
         while True:
             await asyncio.sleep(period)
             now = loop.time()
@@ -204,9 +133,4 @@ class Hub:
                 for reader in channel.readers:
                     if reader.spoke_at <= due:
                         reader.keepalive()
-            if self._link is not None:
-                if now - self._heard_at > _SILENCE_MAX_S:
-                    self._link.fail(RedisConnectionError(f"silent for {_SILENCE_MAX_S:g} s"))
-                elif now - max(self._heard_at, pinged_at) > _PING_EVERY_S:
-                    pinged_at = now
-                    self._send(b"PING")
+            self.subscribers.look(now)

@@ -19,6 +19,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from promptmill.addresses import CLUSTER, NO_CLUSTER, SENTINEL, SINGLE, kind_of, read_address
 from promptmill.contract import Limits, Timeouts
 from promptmill.errors import ConfigError
 from promptmill.findings import findings
@@ -58,9 +59,11 @@ class Settings(BaseSettings):
     """Put into redis_url, where that has none. This and other secrets can be files; see :mod:`.secrets`."""
     broker_password: str | None = Field(default=None, repr=False)
     redis_url: str | None = None
-    """None: ``promptmill up`` brings its own store; everything else uses the running ``up`` or redis://127.0.0.1:6379/0."""
+    """None: ``promptmill up`` brings its own store; everything else uses the running ``up`` or redis://127.0.0.1:6379/0.
+
+    One server, a Redis Cluster, or a Redis behind Sentinel: see :mod:`promptmill.addresses`."""
     broker_url: str | None = None
-    """Celery's broker; None is redis_url. Never a Redis Cluster."""
+    """Celery's broker; None is redis_url. Never a Redis Cluster, so beside one it must be set."""
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
     roles: dict[ModelName, dict[str, str]] = Field(default_factory=dict)
     users: dict[str, UserConfig] = Field(default_factory=dict)
@@ -160,14 +163,20 @@ class Settings(BaseSettings):
     def _url(cls, value: str | None, info: Any) -> str | None:
         if value is None:
             return None
-        allowed = {"redis", "rediss", "unix"}
+        allowed = {*SINGLE, *SENTINEL}
         if info.field_name == "broker_url":
+            if kind_of(value) == "cluster":
+                raise ValueError(NO_CLUSTER)
             allowed |= {"amqp", "amqps"}
+        else:
+            allowed |= {*CLUSTER}
         if urlsplit(value).scheme not in allowed:
             raise ValueError(f"must begin with one of {', '.join(f'{s}://' for s in sorted(allowed))}")
         # Passwords stand above the addresses, so they are checked already.
         password = info.data.get(info.field_name.replace("_url", "_password"))
-        return with_password(value, password) if password else value
+        value = with_password(value, password) if password else value
+        read_address(value)
+        return value
 
     @model_validator(mode="after")
     def _passwords_have_an_address(self) -> Self:
@@ -177,6 +186,12 @@ class Settings(BaseSettings):
         ):
             if password and url is None:
                 raise ValueError(f"{server}_password is for the address in {server}_url, which is not set: set it")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_broker(self) -> Self:
+        if self.broker_url is None and kind_of(self.store_url) == "cluster":
+            raise ValueError(f"broker_url is missing: {NO_CLUSTER}")
         return self
 
     @model_validator(mode="after")
@@ -231,7 +246,9 @@ class Settings(BaseSettings):
 
     @property
     def queue_url(self) -> str:
-        """Where Celery's broker is."""
+        """Where Celery's broker is. Raises ConfigError for a copy of the settings that got a cluster and no broker."""
+        if self.broker_url is None and kind_of(self.store_url) == "cluster":
+            raise ConfigError(f"broker_url is missing: {NO_CLUSTER}", field="broker_url")
         return self.broker_url or self.store_url
 
     def keys_by_user(self) -> dict[str, str]:

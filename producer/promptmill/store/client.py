@@ -5,37 +5,34 @@ All methods raise :class:`~promptmill.errors.StoreUnavailable` where Redis does 
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 import orjson
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from promptmill import keys
 from promptmill.contract import Cancelled, Error, Job, Progress, Restart
-from promptmill.errors import BadRequest, IdempotencyConflict, NotFound, StoreUnavailable
+from promptmill.errors import BadRequest, IdempotencyConflict, NotFound
 from promptmill.store import scripts
-from promptmill.store.connection import check_server, open_redis, store_errors, where
+from promptmill.store.connected import Connected
+from promptmill.store.connection import store_errors
 from promptmill.store.dead import given_up
-from promptmill.store.durable import Durable
 from promptmill.store.head import FIELDS, Record
 from promptmill.store.ids import START, EventId
 from promptmill.store.link import Command
 from promptmill.store.submission import Submission
-from promptmill.store.wire import Wire
 
 ALONE_AFTER: Final = 2
 """Crashes after which a job runs alone in a process of its own, so that the next one shows whose fault they are."""
 LOG_TTL_MS: Final = int(keys.LOG_AFTER_END_TTL.total_seconds() * 1000)
 _LOG_PAGE: Final = 500
-_COMMANDS_PER_SUBMIT: Final = 6
+_COMMANDS_PER_SUBMIT: Final = 5
 _TRIM_CHANCE: Final = 1 / 64
-_ANSWER_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,83 +61,8 @@ def _ms(time_to_live: timedelta) -> int:
     return int(time_to_live.total_seconds() * 1000)
 
 
-class Store:
+class Store(Connected):
     """Jobs in Redis. Cheap to share: one per process and event loop."""
-
-    def __init__(self, redis: Any, address: str = "redis") -> None:
-        # Any: half of redis-py's signatures are unknown to a strict checker.
-        self.redis: Any = redis
-        self.wire = Wire(redis)
-        """The shared connection of everything that happens per job or per token."""
-        self.address = address
-        self.durable = Durable(redis, address)
-        self.note: Callable[[str, str], None] = lambda _act, _detail: None
-        """Told of what was done here: ``submitted`` a priority, ``requeued`` a phase, an end's state its error code."""
-
-    @classmethod
-    async def connect(cls, url: str, *, max_connections: int = 64) -> Self:
-        """A store whose server was reached and is new enough."""
-        redis = open_redis(url, max_connections=max_connections)
-        try:
-            await check_server(redis, where(url))
-        except BaseException:
-            await redis.aclose()
-            raise
-        return cls(redis, where(url))
-
-    async def aclose(self) -> None:
-        """Close every connection."""
-        await self.durable.aclose()
-        await self.wire.aclose()
-        await self.redis.aclose()
-
-    async def run(self, script: scripts.Script, job_id: str, *args: bytes | str | float) -> Any:
-        """One script on one job's keys; loads it where the server forgot it."""
-        with store_errors(self.address):
-            return await self._run(script, job_id, args)
-
-    async def _run(
-        self,
-        script: scripts.Script,
-        job_id: str,
-        args: Sequence[bytes | str | float],
-        *,
-        before: Sequence[Command] = (),
-        serial: int | None = None,
-    ) -> Any:
-        rest = (3, keys.record(job_id), keys.log(job_id), keys.channel(job_id), *args)
-        try:
-            return (await self.ask([*before, ("EVALSHA", script.sha, *rest)], serial=serial))[-1]
-        except NoScriptError:
-            return (await self.ask([("EVAL", script.source, *rest)], serial=serial))[0]
-
-    async def ask(self, commands: Sequence[Command], *, serial: int | None = None) -> list[Any]:
-        """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused.
-
-        ``serial`` is the connection that they are for: see :meth:`promptmill.store.wire.Wire.many_on`.
-        """
-        replies = await (self.wire.many(commands) if serial is None else self.wire.many_on(serial, commands))
-        for reply in replies:
-            if isinstance(reply, ResponseError):
-                raise reply
-        return replies
-
-    async def check_answers(self, *, writes: bool = False) -> None:
-        """Raise StoreUnavailable unless the server answers within 3 s and, with ``writes``, takes writes."""
-        # Changes nothing, and is refused where a write would be: out of memory, read-only, its disk full.
-        probe = ("ZADD", keys.OUTBOX, "XX", 0, "") if writes else ("PING",)
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                with store_errors(self.address):
-                    await self.wire.call(*probe)
-        except TimeoutError:
-            raise StoreUnavailable(f"Redis at {self.address} does not answer") from None
-
-    async def load_scripts(self) -> None:
-        """Make every script known to the server, so that pipelines can name them by digest."""
-        with store_errors(self.address):
-            for script in scripts.ALL:
-                await self.redis.script_load(script.source)
 
     # -- submitting ---------------------------------------------------------------------------------------------
 
@@ -154,7 +76,8 @@ class Store:
         """
         value = f"{job_id} {digest}"
         with store_errors(self.address):
-            old: bytes | None = await self.redis.set(keys.idempotency(user, key), value, nx=True, get=True, px=ttl)
+            name, ttl_ms = keys.idempotency(user, key), _ms(ttl)
+            old: bytes | None = await self.wire.call("SET", name, value, "NX", "GET", "PX", ttl_ms)
         if old is None:
             return job_id
         old_id, _, old_digest = old.decode().partition(" ")
@@ -180,11 +103,12 @@ class Store:
 
     async def _submit(self, jobs: Sequence[Submission]) -> list[bool]:
         score = time.time_ns() // 1000
+        outbox: list[Command] = [("ZADD", keys.OUTBOX, "NX", 0, job.job_id) for job in jobs]
         commands: list[Command] = []
         trims: list[Command] = []
         for i, job in enumerate(jobs):
             job_id, life, keep = job.job_id, job.life_ms, job.retention_ms
-            commands += [("ZADD", keys.OUTBOX, "NX", 0, job_id), job.command()]
+            commands.append(job.command())
             for index in (keys.ALL_JOBS, keys.user_jobs(job.request.user)):
                 commands += [
                     ("ZADD", index, "NX", score + i, job_id),
@@ -194,11 +118,11 @@ class Store:
                     trims.append(
                         ("ZREMRANGEBYSCORE", index, "-inf", score - max(life + keep, _ms(keys.LIST_TTL)) * 1000)
                     )
-        commands.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
-        replies = await self.ask(commands + trims)
+        outbox.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
+        replies = (await self.ask([*outbox, *commands, *trims], first=len(outbox)))[len(outbox) :]
         for job in jobs:
             self.note("submitted", job.request.priority)
-        return [replies[i * _COMMANDS_PER_SUBMIT + 1][2] == b"queued" for i in range(len(jobs))]
+        return [replies[i * _COMMANDS_PER_SUBMIT][2] == b"queued" for i in range(len(jobs))]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -237,6 +161,15 @@ class Store:
         behind = found[1:] if known else found[:_LOG_PAGE]
         return behind, bool(exists), len(found) == page, known or last == START
 
+    async def listeners(self, job_ids: Sequence[str]) -> list[int]:
+        """How many processes listen to each job's channel. Raises redis-py's errors."""
+        names = [keys.channel(job_id) for job_id in job_ids]
+        if self.cluster is None:
+            found = await self.ask([("PUBSUB", "NUMSUB", *names)])
+        else:
+            found = await self.ask([("PUBSUB", "SHARDNUMSUB", name) for name in names])
+        return [int(count) for row in found for count in row[1::2]]
+
     async def list_ids(self, user: str | None, before: str | None, count: int) -> list[tuple[str, int]]:
         """Job ids with their index scores, newest first, behind the cursor ``before`` (``<score>.<id>``).
 
@@ -248,10 +181,11 @@ class Store:
             raise BadRequest(f"{before[:80]!r} is not a cursor that a page gave", field="cursor")
         top = int(score_text) if score_text else None
         with store_errors(self.address):
-            rows: list[tuple[bytes, float]] = await self.redis.zrevrangebyscore(
-                index, "+inf" if top is None else top, "-inf", start=0, num=count + 1, withscores=True
+            limit = ("WITHSCORES", "LIMIT", 0, count + 1)
+            rows: list[bytes] = await self.wire.call(
+                "ZREVRANGEBYSCORE", index, "+inf" if top is None else top, "-inf", *limit
             )
-        found = [(row[0].decode(), int(row[1])) for row in rows]
+        found = [(name.decode(), int(float(score))) for name, score in zip(rows[::2], rows[1::2], strict=True)]
         if top is not None:
             # Equal scores are ordered by id, descending: skip what the last page held.
             found = [(i, s) for i, s in found if s < top or i < last_id]

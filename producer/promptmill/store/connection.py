@@ -6,10 +6,17 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import (
+    Sentinel,
+    SentinelConnectionPool,
+    SentinelManagedConnection,
+    SentinelManagedSSLConnection,
+)
 from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
@@ -22,7 +29,19 @@ from redis.exceptions import (
     TimeoutError,  # noqa: A004 - redis-py's own name
 )
 
+from promptmill.addresses import SENTINEL_S, Address, kind_of, read_address, where
 from promptmill.errors import ConfigError, StoreUnavailable
+
+__all__ = [
+    "check_server",
+    "check_single",
+    "open_cluster",
+    "open_redis",
+    "reason",
+    "store_errors",
+    "transport_closed",
+    "where",
+]
 
 MIN_VERSION: Final = (7, 0)
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -40,27 +59,58 @@ def open_redis(url: str, *, max_connections: int = 64, command_timeout_s: float 
     ConfigError
         The address is malformed.
     """
+    given: dict[str, Any] = {
+        "protocol": 2,
+        "max_connections": max_connections,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": command_timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "client_name": "promptmill",
+    }
     try:
-        pool = ConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType]
-            url,
-            protocol=2,
-            max_connections=max_connections,
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=command_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="promptmill",
-        )
+        if kind_of(url) == "sentinel":
+            return _behind_sentinel(read_address(url), given)
+        pool = ConnectionPool.from_url(url, **given)  # pyright: ignore[reportUnknownMemberType]
     except ValueError as err:
         raise ConfigError(f"redis_url: {err}", field="redis_url") from None
     return Redis.from_pool(pool)
 
 
-def where(url: str) -> str:
-    """The address without its password, for messages."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return parts.path
-    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
+def open_cluster(url: str) -> RedisCluster:
+    """redis-py's client of a cluster, that answers bytes and never retries by itself. Nothing is connected yet."""
+    address = read_address(url)
+    one: dict[str, Any] = {**parse_url(address.url_of(*address.nodes[0]))}
+    for name in ("host", "port", "db", "connection_class"):
+        one.pop(name, None)
+    return RedisCluster(
+        startup_nodes=[ClusterNode(host, port) for host, port in address.nodes],
+        protocol=2,
+        ssl=address.tls,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=COMMAND_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        **one,
+    )
+
+
+def _behind_sentinel(address: Address, given: dict[str, Any]) -> Redis:
+    """Every new connection asks the Sentinels, in turn, where the primary is by now."""
+    of_primary: dict[str, Any] = {**parse_url(address.url_of(*address.nodes[0])), **given}
+    for name in ("host", "port", "connection_class"):
+        of_primary.pop(name, None)
+    of_sentinels = {name: value for name, value in of_primary.items() if name.startswith("ssl_")}
+    of_sentinels |= {
+        "username": address.sentinel_username,
+        "password": address.sentinel_password,
+        "ssl": address.tls,
+        "socket_connect_timeout": SENTINEL_S,
+        "socket_timeout": SENTINEL_S,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    of_primary["connection_class"] = SentinelManagedSSLConnection if address.tls else SentinelManagedConnection
+    sentinel: Any = Sentinel([*address.nodes], sentinel_kwargs=of_sentinels)
+    pool: Any = SentinelConnectionPool(address.service, sentinel, **of_primary)
+    return Redis.from_pool(pool)
 
 
 def reason(err: BaseException) -> str:
@@ -131,3 +181,15 @@ async def check_server(redis: Redis, address: str) -> dict[str, Any]:
             field="redis_url",
         )
     return info
+
+
+async def check_single(redis: Redis, address: str) -> None:
+    """As :func:`check_server`, and raise StoreUnavailable for a node of a cluster, which is asked otherwise."""
+    info = await check_server(redis, address)
+    # Valkey calls it otherwise.
+    if "cluster" in (info.get("redis_mode"), info.get("server_mode")):
+        raise StoreUnavailable(
+            f"Redis at {address} is a node of a cluster: write redis+cluster:// in the place of redis://",
+            retryable=False,
+            field="redis_url",
+        )

@@ -34,26 +34,28 @@ async def list_dead(store: Store, job_ids: list[str]) -> None:
     if not job_ids:
         return
     with store_errors(store.address):
-        seconds, micros = await store.redis.time()
-        now_ms = seconds * 1000 + micros // 1000
-        pipe = store.redis.pipeline(transaction=False)
-        pipe.zadd(keys.DEAD, dict.fromkeys(job_ids, now_ms))
-        pipe.zremrangebyrank(keys.DEAD, 0, -_COUNT_MAX - 1)
-        pipe.expire(keys.DEAD, keys.LIST_TTL)
-        await pipe.execute()
+        seconds, micros = await store.wire.call("TIME")
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        await store.ask(
+            [
+                ("ZADD", keys.DEAD, *(part for job_id in job_ids for part in (now_ms, job_id))),
+                ("ZREMRANGEBYRANK", keys.DEAD, 0, -_COUNT_MAX - 1),
+                ("EXPIRE", keys.DEAD, int(keys.LIST_TTL.total_seconds())),
+            ]
+        )
 
 
 async def unlist_dead(store: Store, job_ids: list[str]) -> None:
     """Take jobs off the list: they ended otherwise, or somebody dealt with them."""
     if job_ids:
         with store_errors(store.address):
-            await store.redis.zrem(keys.DEAD, *job_ids)
+            await store.wire.call("ZREM", keys.DEAD, *job_ids)
 
 
 async def read_dead(store: Store) -> list[Record]:
     """The jobs on the list that were given up and are still kept, the latest first. Takes off it what is gone."""
     with store_errors(store.address):
-        rows: list[bytes] = await store.redis.zrevrange(keys.DEAD, 0, -1)
+        rows: list[bytes] = await store.wire.call("ZREVRANGE", keys.DEAD, 0, -1)
     job_ids = [raw.decode() for raw in rows]
     records = await store.find_many(job_ids)
     found = [record for record in records if record is not None and is_dead(record)]

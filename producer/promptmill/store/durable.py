@@ -8,6 +8,8 @@ who wait at the same moment share one mark.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from redis.exceptions import ResponseError
@@ -15,6 +17,7 @@ from redis.exceptions import ResponseError
 from promptmill import keys
 from promptmill.errors import StoreUnavailable
 from promptmill.settings.parts import Durability
+from promptmill.store.cluster import Cluster, Node
 from promptmill.store.connection import store_errors
 from promptmill.store.wire import Wire
 
@@ -22,11 +25,12 @@ WAIT_S: Final = 2.0
 
 
 class Durable:
-    """Marks and their confirmations. One per store."""
+    """Marks and their confirmations. One per server."""
 
-    def __init__(self, redis: Any, address: str) -> None:
+    def __init__(self, redis: Any, address: str, mark: Callable[[], str] = lambda: keys.MARK) -> None:
         self._wire = Wire(redis)
         self._address = address
+        self._name_of_mark = mark
         self._turn = asyncio.Lock()
         self._gathering: dict[Durability, asyncio.Task[None]] = {}
         self._able: set[Durability] = set()
@@ -75,7 +79,7 @@ class Durable:
             with store_errors(self._address):
                 replies = await self._wire.many(
                     [
-                        ("SET", keys.MARK, "1", "PX", int(keys.MARK_TTL.total_seconds() * 1000)),
+                        ("SET", self._name_of_mark(), "1", "PX", int(keys.MARK_TTL.total_seconds() * 1000)),
                         ("WAITAOF", 1, 1 if level == "replica" else 0, int(WAIT_S * 1000)),
                     ]
                 )
@@ -95,6 +99,48 @@ class Durable:
         """Close the connection; who waits gets StoreUnavailable. Safe to repeat."""
         await self._wire.aclose()
         await asyncio.gather(*self._gathering.values(), return_exceptions=True)
+
+
+class ClusterDurable:
+    """The same for a cluster: what a submission writes may stand on any of its nodes, so all are asked."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._nodes: dict[Node, Durable] = {}
+
+    async def check(self, level: Durability) -> None:
+        """As :meth:`Durable.check`, for every primary."""
+        if level != "server":
+            for durable in await self._each():
+                await durable.check(level)
+
+    async def confirm(self, level: Durability) -> None:
+        """As :meth:`Durable.confirm`, on every primary."""
+        if level == "server":
+            return
+        try:
+            each = await self._each()
+        except StoreUnavailable as err:
+            raise _unconfirmed(err.message) from err
+        outcomes = await asyncio.gather(*(durable.confirm(level) for durable in each), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _each(self) -> list[Durable]:
+        with store_errors(self._cluster.address):
+            nodes = await self._cluster.primaries()
+        for node in [node for node in self._nodes if node not in nodes]:
+            await self._nodes.pop(node).aclose()
+        for node in nodes:
+            if node not in self._nodes:
+                mark = partial(self._cluster.a_key_on, node, keys.MARK)
+                self._nodes[node] = Durable(node.redis, node.name, mark)
+        return [self._nodes[node] for node in nodes]
+
+    async def aclose(self) -> None:
+        """Close the connections; who waits gets StoreUnavailable. Safe to repeat."""
+        await asyncio.gather(*(durable.aclose() for durable in self._nodes.values()))
 
 
 def _told(mark: asyncio.Task[None]) -> None:

@@ -1,6 +1,7 @@
 """The scripts that own a job's state. Each is one atomic act on one job's keys.
 
-``KEYS`` are always the record, the log and the channel of one job. A transition (submit, claim, requeue, stop, finish)
+``KEYS`` are always the record and the log of one job; its channel is no key, and while a Redis Cluster moves a slot it
+refuses what names keys that are not there. A transition (submit, claim, requeue, stop, finish)
 sets a new epoch, ``max(previous + 1, Redis TIME in ms)``, and appends its own event ``<epoch>-1``: from then on the log
 refuses every entry of an older epoch, and a number lost in a failover is never used twice. Each takes a token of its
 caller and, repeated with it, returns the earlier result, so a lost reply is harmless.
@@ -25,7 +26,8 @@ _TEXT_FROM_LOG_MAX_EVENTS: Final = 20_000
 """A longer log would hold the server up for too long; its text is then not stored with a cancel."""
 
 _PRELUDE = """
-local rec, log, chan = KEYS[1], KEYS[2], KEYS[3]
+local rec, log = KEYS[1], KEYS[2]
+local chan = string.sub(rec, 1, -5)
 local function now_ms()
   local t = redis.call('TIME')
   return tonumber(t[1]) * 1000 + math.floor(tonumber(t[2]) / 1000)
@@ -279,6 +281,10 @@ class Script:
 
     def __repr__(self) -> str:
         return f"Script({self.name!r})"
+
+    def sharded(self) -> Script:
+        """The same script for a Redis Cluster, where a job's events stay with the node that has its log."""
+        return Script(self.name, self.source.replace("'PUBLISH', chan,", "'SPUBLISH', chan,"), prelude="")
 
 
 SUBMIT: Final = Script("submit", _SUBMIT)

@@ -42,10 +42,9 @@ class Submission:
         return (
             "EVALSHA",
             scripts.SUBMIT.sha,
-            3,
+            2,
             keys.record(self.job_id),
             keys.log(self.job_id),
-            keys.channel(self.job_id),
             keys.new_token(),
             pack_head(self.request, self.queue, self.batch, self.trace),
             self.request.to_json(),

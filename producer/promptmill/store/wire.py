@@ -48,10 +48,11 @@ class Wire:
             raise reply
         return reply
 
-    async def many(self, commands: Sequence[Command]) -> list[Any]:
+    async def many(self, commands: Sequence[Command], *, first: int = 0) -> list[Any]:  # noqa: ARG002 - on one server
         """The replies, in order; an error reply stands in its place as a ``ResponseError``.
 
-        The commands go out together, uninterrupted by those of others.
+        The commands go out together, uninterrupted by those of others. The ``first`` so many are done before the others
+        begin; on one server that is always so, and it matters on a cluster only.
 
         Raises redis-py's ``ConnectionError`` or an ``OSError`` for a connection that fails, that stays silent for 10 s,
         or whose server is not ready (it loads its data); whether the commands took effect is then unknown.
@@ -63,6 +64,13 @@ class Wire:
             return []
         return await queue.ask(commands)
 
+    def start(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
+        """As :meth:`many`; what is asked is on its way, in its place among the others, before this returns."""
+        queue = self._queue
+        if queue is None or not queue.open:
+            return asyncio.ensure_future(self.many(commands))
+        return queue.begin(commands)
+
     async def many_on(self, serial: int, commands: Sequence[Command]) -> list[Any]:
         """As :meth:`many`, on that very connection.
 
@@ -70,7 +78,7 @@ class Wire:
         have lost what it had acknowledged on the old one.
         """
         queue = self._queue
-        if queue is None or self.serial != serial:
+        if queue is None or not serial or self.serial != serial:
             raise RedisConnectionError("the connection was lost")
         return await queue.ask(commands)
 
@@ -147,9 +155,12 @@ class _Queue:
         return self.link.open
 
     async def ask(self, commands: Sequence[Command]) -> list[Any]:
+        return await self.begin(commands)
+
+    def begin(self, commands: Sequence[Command]) -> asyncio.Future[list[Any]]:
         done: asyncio.Future[list[Any]] = self._loop.create_future()
         self.put(commands, done)
-        return await done
+        return done
 
     def put(self, commands: Sequence[Command], done: asyncio.Future[list[Any]] | None) -> None:
         self._waiting.append(_Call(len(commands), done, self._loop.time()))

@@ -32,7 +32,7 @@ async def follow(
     while True:
         ear = _Ear(heard, again)
         try:
-            link = await Link.connect(store.redis, ear.received)
+            link = await store.link(ear.received)
         except (RedisError, OSError) as err:
             logger.warning("the channel %s is not open: %s", channel, reason(err))
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads reconnects, no secret

@@ -48,7 +48,7 @@ class Asker:
         sent: list[Command] = [("EVALSHA", s.sha, len(names), *names, *args) for s, names, args in calls]
         try:
             async with asyncio.timeout(_ANSWER_S):
-                replies = (await self._store.wire.many([*before, *sent]))[len(before) :]
+                replies = (await self._store.wire.many([*before, *sent], first=len(before)))[len(before) :]
                 for i, reply in enumerate(replies):
                     if isinstance(reply, NoScriptError):
                         script, names, args = calls[i]

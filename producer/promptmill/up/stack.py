@@ -18,7 +18,8 @@ from promptmill.errors import PromptmillError, StoreUnavailable
 from promptmill.extras import require_extras
 from promptmill.queues import API_FAMILY
 from promptmill.settings import Settings, addresses_to_hand_on, child_environment, default_data_dir
-from promptmill.store.connection import check_server, open_redis, store_errors, where
+from promptmill.store import Store
+from promptmill.store.connection import open_redis, store_errors, where
 from promptmill.up.datadir import DataDir, RunningUp
 from promptmill.up.embedded import EmbeddedStore
 from promptmill.up.listen import bind, check_exposure, url_of
@@ -127,11 +128,7 @@ class Stack:
         if self.settings.redis_url is None:
             await self._start_store(supervisor, data_dir)
         else:
-            redis = open_redis(self._redis_url, max_connections=1)
-            try:
-                await check_server(redis, where(self._redis_url))
-            finally:
-                await redis.aclose()
+            await (await Store.connect(self._redis_url, max_connections=1)).aclose()
         for spec in self._part_specs(supervisor, data_dir, listener):
             await supervisor.start(spec)
         await self._wait_ready()

@@ -58,16 +58,15 @@ async def book(store: Store, registry: Registry, retention_s: float, job_ids: Se
 async def _book(store: Store, registry: Registry, retention_s: float, job_ids: Sequence[str]) -> tuple[int, list[str]]:
     """How many entries are new, and the jobs that are to be looked at again."""
     with store_errors(store.address):
-        # The score first: what is told behind it sets another one, and the entry stays.
+        # The scores first: what is told behind them sets another one, and the entry stays.
         fields = [f for f in FIELDS if f != "end"]
-        commands: list[Command] = []
-        for job_id in job_ids:
-            commands += [("ZSCORE", keys.UNBOOKED, job_id), ("HMGET", keys.record(job_id), *fields)]
-        replies = await store.ask(commands)
+        commands: list[Command] = [("ZMSCORE", keys.UNBOOKED, *job_ids)]
+        commands += [("HMGET", keys.record(job_id), *fields) for job_id in job_ids]
+        scores, *rows = await store.ask(commands, first=1)
     over: list[tuple[str, bytes]] = []
     again: list[str] = []
     entries: list[Entry] = []
-    for job_id, score, row in zip(job_ids, replies[::2], replies[1::2], strict=True):
+    for job_id, score, row in zip(job_ids, scores, rows, strict=True):
         try:
             done, found = await _look(store, registry, job_id, row)
         except StoreUnavailable:
@@ -227,7 +226,8 @@ async def sweep_unbooked(store: Store, registry: Registry, retention_s: float) -
     before = time.time_ns() // 1000 - _GRACE_US
     for _ in range(_SWEEP_ROUNDS_MAX):
         with store_errors(store.address):
-            due: list[bytes] = await store.redis.zrangebyscore(keys.UNBOOKED, "-inf", before, start=0, num=_BATCH)
+            limit = ("LIMIT", 0, _BATCH)
+            due: list[bytes] = await store.wire.call("ZRANGEBYSCORE", keys.UNBOOKED, "-inf", before, *limit)
         if not due:
             break
         booked, again = await _book(store, registry, retention_s, [raw.decode() for raw in due])

@@ -165,9 +165,9 @@ async def scan_hash(store: Store, key: str) -> AsyncGenerator[tuple[bytes, bytes
     cursor = 0
     while True:
         with store_errors(store.address):
-            reply: tuple[int, dict[bytes, bytes]] = await store.redis.hscan(key, cursor, count=_PAGE)
+            reply: tuple[bytes, list[bytes]] = await store.wire.call("HSCAN", key, cursor, "COUNT", _PAGE)
         cursor = int(reply[0])
-        for pair in reply[1].items():
+        for pair in zip(reply[1][::2], reply[1][1::2], strict=True):
             yield pair
         if cursor == 0:
             return

@@ -1,0 +1,6 @@
+"""On a cluster."""
+
+from tests.cluster.again import again
+from tests.integration import test_batch_store as original
+
+globals().update(again(original))
