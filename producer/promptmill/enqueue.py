@@ -27,7 +27,7 @@ from kombu.entity import Queue
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
-from promptmill.addresses import kombu_address, kombu_tls
+from promptmill.kombu_address import kombu_address, kombu_tls
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ class FakeJob:
 class FakeReader:
     def __init__(self, hub: FakeHub, job: FakeJob, after: str | None) -> None:
         self.user: str | None = None if hub.away else job.user
+        self.trace: str | None = None
         self.finished = after is not None and after == job.finished_after
         self._hub = hub
         self._job = job

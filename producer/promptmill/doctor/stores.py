@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from promptmill.addresses import kind_of, kombu_address, where
+from promptmill.addresses import kind_of, where
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
+from promptmill.kombu_address import kombu_address
 from promptmill.queues import queues_of
 from promptmill.settings import Settings
 from promptmill.store.cluster import Cluster, check_cluster
