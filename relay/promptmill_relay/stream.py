@@ -173,7 +173,7 @@ class StreamEndpoint:
         stream = _Stream()
         self._streams.add(stream)
         try:
-            with bound(job_id=_job_id(scope["path"])):
+            with bound(**_about(scope["path"])):
                 await self._answer(stream, scope, receive, send)
         finally:
             self._streams.discard(stream)
@@ -301,6 +301,14 @@ def _job_id(path: str) -> str:
         return check_job_id(job_id)
     except BadRequest:
         raise NotFound(f"there is no job {job_id[:80]!r}", field="id") from None
+
+
+def _about(path: str) -> dict[str, str]:
+    """For the log's lines: nothing of what cannot be a job."""
+    try:
+        return {"job_id": _job_id(path)}
+    except NotFound:
+        return {}
 
 
 def _query(query: bytes) -> Mapping[str, str]:

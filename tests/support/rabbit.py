@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -68,13 +68,25 @@ def steady_port() -> int:
 class RabbitServer:
     """A RabbitMQ node that a test may kill and start again on the same port and data."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        port: int | None = None,
+        command: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """``command`` and ``variables`` are for a server that is started in another way than the tests' own."""
         self._directory = directory
+        self._command = command
+        self._variables = variables or {}
         self._node = f"rabbit-{secrets.token_hex(4)}@localhost"
         self._log = directory / "out.log"
         self._epmd: subprocess.Popen[bytes] | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self.port = steady_port()
+        self.port = port or steady_port()
+        self.environment: dict[str, str] = {}
+        """What the server was started with; its tools need the same."""
 
     @property
     def url(self) -> str:
@@ -92,8 +104,13 @@ class RabbitServer:
         with self._log.open("ab") as out:
             epmd = ["epmd", "-port", str(names), "-address", "127.0.0.1"]
             self._epmd = subprocess.Popen(epmd, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            self.environment = {**self._environment(names, distribution), **self._variables}
             self.process = subprocess.Popen(
-                [program], stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self._environment(names, distribution)
+                self._command or [program],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=self.environment,
             )
         deadline = time.monotonic() + START_S
         while not self._answers():

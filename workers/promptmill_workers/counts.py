@@ -22,6 +22,8 @@ class Listener(Protocol):
 
     def passed_over(self, job_id: str) -> None: ...
 
+    def put_back(self, job_id: str) -> None: ...
+
 
 class Counts:
     """Jobs by how they ended here, and who is told of them. Use from one event loop."""
@@ -58,6 +60,11 @@ class Counts:
         """A job's message came, and the claim was refused."""
         if self.listener is not None:
             self.listener.passed_over(job_id)
+
+    def put_back(self, job_id: str) -> None:
+        """A job that ran here waits again: for its model, for its turn, or for another family's worker."""
+        if self.listener is not None:
+            self.listener.put_back(job_id)
 
     def told(self, pieces: int) -> dict[str, Any]:
         """For the heartbeat: see :class:`promptmill.heartbeat.Done`."""

@@ -25,7 +25,8 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Self
 
-from promptmill.settings import Settings, child_environment
+from promptmill.errors import ConfigError
+from promptmill.settings import Settings, addresses_to_hand_on, child_environment
 from promptmill_workers.meters import note_alone
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,11 @@ class _Nursery:
     async def start(cls, settings: Settings, name: str, family: str) -> Self:
         """Raises NotStarted."""
         config = ("--config", str(settings.config_file)) if settings.config_file else ()
-        shared = {"redis_url": settings.redis_url, "broker_url": settings.broker_url, "log_level": settings.log_level}
+        try:
+            addresses = addresses_to_hand_on(settings.config_file, settings.redis_url, settings.broker_url)
+        except ConfigError as err:  # the file was changed, or a secret taken away, since the worker started
+            raise NotStarted(err.message) from None
+        shared = {**addresses, "log_level": settings.log_level}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "promptmill_workers.quarantined", "--name", name, "--family", family, *config),
             stdin=asyncio.subprocess.PIPE,

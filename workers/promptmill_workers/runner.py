@@ -317,6 +317,7 @@ class Runner:
             )
 
         await self.patiently(hand_on)
+        self.counts.put_back(job.job_id)
         if tries is not None:
             self.booker.soon(job.job_id)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import platform
 import threading
 import time
@@ -129,6 +130,12 @@ class TaskEvents:
         began = self._started.pop(job_id, None)
         self._find_out(job_id, ran=began is not None)
 
+    def put_back(self, job_id: str) -> None:
+        """A job waits again."""
+        self._started.pop(job_id, None)
+        if self.wanted:
+            self._waiting.append(("task-retried", _requeued(job_id)))
+
     def passed_over(self, job_id: str) -> None:
         """A job's message came, and it was not to be claimed."""
         self._find_out(job_id, ran=False)
@@ -156,13 +163,13 @@ class TaskEvents:
             end = {"uuid": job_id, "terminated": not expired, "signum": None, "expired": expired, "timestamp": now}
             self._waiting.append(("task-revoked", end))
         elif ran and record.st.get("worker") != self._worker_id:
-            self._waiting.append(("task-retried", {"uuid": job_id, "exception": "requeued", "timestamp": now}))
+            self._waiting.append(("task-retried", _requeued(job_id)))
 
     # -- the thread ---------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """Say that the worker is gone, if anybody listens. Blocks for a second at most."""
-        self._stopping = True
+        self._stopping, self._until = True, 0.0
         self._wake.set()
         if self._thread is not None:
             self._thread.join(_OFFLINE_S)
@@ -215,4 +222,9 @@ class TaskEvents:
     def _about(self, dispatcher: Any, kind: str) -> None:
         active, processed = self._doing()
         # It counts as gone after twice ``freq``.
-        dispatcher.send(kind, freq=max(5 * self._heartbeat_s, 5.0), active=active, processed=processed, **_SOFTWARE)
+        facts = {"freq": max(5 * self._heartbeat_s, 5.0), "loadavg": [round(load, 2) for load in os.getloadavg()]}
+        dispatcher.send(kind, active=active, processed=processed, **facts, **_SOFTWARE)
+
+
+def _requeued(job_id: str) -> dict[str, Any]:
+    return {"uuid": job_id, "exception": "requeued", "timestamp": time.time()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import socket
 import sys
@@ -36,9 +35,9 @@ def flower(
     settings = client_settings(config, data_dir)
     settings = settings.model_copy(update={name: value for name, value in given.items() if value is not None})
     _check(settings)
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    from promptmill.logs import set_up_logs  # noqa: PLC0415 - needs the extra
+
+    set_up_logs(settings, "flower")
     with bind(settings.flower_host, settings.flower_port) as listener:
         asyncio.run(_serve(settings, listener))
     sys.stdout.flush()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from promptmill.extras import require_extras
-from promptmill.settings import child_environment
+from promptmill.settings import addresses_to_hand_on, child_environment
 
 from .common import ConfigOption, DataDirOption, client_settings
 from .up import HostOption, PortOption
@@ -51,7 +51,7 @@ def _become(
     module: str, arguments: tuple[str, ...], config: Path | None, data_dir: Path | None, **overrides: str | int | None
 ) -> None:
     settings = client_settings(config, data_dir)
-    shared = {"redis_url": settings.redis_url, **overrides}
+    shared = {**addresses_to_hand_on(settings.config_file, settings.redis_url, None), **overrides}
     config_arguments = ("--config", str(settings.config_file)) if settings.config_file else ()
     # Not a child: signals, the terminal and the exit status are then the program's own, and nothing can be orphaned.
     os.execve(  # noqa: S606 - no shell is the point

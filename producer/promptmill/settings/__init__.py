@@ -19,7 +19,13 @@ from promptmill.settings.parts import (
     UserConfig,
     read_secret,
 )
-from promptmill.settings.process import child_environment, default_data_dir, lifeline_fd, listen_fd
+from promptmill.settings.process import (
+    addresses_to_hand_on,
+    child_environment,
+    default_data_dir,
+    lifeline_fd,
+    listen_fd,
+)
 
 __all__ = [
     "DEFAULT_TIMEOUTS",
@@ -35,6 +41,7 @@ __all__ = [
     "Price",
     "Settings",
     "UserConfig",
+    "addresses_to_hand_on",
     "child_environment",
     "default_data_dir",
     "lifeline_fd",

@@ -6,12 +6,13 @@ import os
 import tomllib
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -38,6 +39,7 @@ from promptmill.settings.parts import (
     UserConfig,
     read_secret,
 )
+from promptmill.settings.secrets import SecretFiles, take_files, with_password
 from promptmill.slots import check_slots
 
 DEFAULT_FILE: Final = "promptmill.toml"
@@ -52,6 +54,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PROMPTMILL_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
+    redis_password: str | None = Field(default=None, repr=False)
+    """Put into redis_url, where that has none. This and other secrets can be files; see :mod:`.secrets`."""
+    broker_password: str | None = Field(default=None, repr=False)
     redis_url: str | None = None
     """None: ``promptmill up`` brings its own store; everything else uses the running ``up`` or redis://127.0.0.1:6379/0."""
     broker_url: str | None = None
@@ -146,7 +151,9 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # Arguments, then the environment, then the file; a .env is never read behind the operator's back.
         del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=_file_values.get())
+        variables = cast("EnvSettingsSource", env_settings).env_vars
+        file = InitSettingsSource(settings_cls, init_kwargs=_file_values.get())
+        return init_settings, env_settings, SecretFiles(settings_cls, variables), file
 
     @field_validator("redis_url", "broker_url")
     @classmethod
@@ -158,7 +165,19 @@ class Settings(BaseSettings):
             allowed |= {"amqp", "amqps"}
         if urlsplit(value).scheme not in allowed:
             raise ValueError(f"must begin with one of {', '.join(f'{s}://' for s in sorted(allowed))}")
-        return value
+        # Passwords stand above the addresses, so they are checked already.
+        password = info.data.get(info.field_name.replace("_url", "_password"))
+        return with_password(value, password) if password else value
+
+    @model_validator(mode="after")
+    def _passwords_have_an_address(self) -> Self:
+        for server, password, url in (
+            ("redis", self.redis_password, self.redis_url),
+            ("broker", self.broker_password, self.broker_url),
+        ):
+            if password and url is None:
+                raise ValueError(f"{server}_password is for the address in {server}_url, which is not set: set it")
+        return self
 
     @model_validator(mode="after")
     def _refers_to_known_models(self) -> Self:
@@ -251,7 +270,7 @@ def load_settings(config: Path | str | None = None, **overrides: Any) -> Setting
     path = Path(chosen) if chosen else Path(DEFAULT_FILE)
     values: dict[str, Any] = {}
     if chosen or path.is_file():
-        values = _read_toml(path)
+        values = take_files(_read_toml(path), path)
         values["config_file"] = path.resolve()
     token = _file_values.set(values)
     try:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from promptmill.errors import ConfigError
+from promptmill.settings.main import load_settings
+from promptmill.settings.secrets import SECRETS
 
 
 def lifeline_fd() -> int | None:
@@ -37,7 +39,23 @@ def child_environment(settings: Mapping[str, object], **handed_on: int) -> dict[
     for name, value in (*settings.items(), *handed_on.items()):
         if value is not None:
             env[f"PROMPTMILL_{name.upper()}"] = str(value)
+            if name in SECRETS:
+                env.pop(f"PROMPTMILL_{name.upper()}_FILE", None)  # the two together would be refused
     return env
+
+
+def addresses_to_hand_on(config_file: Path | None, redis_url: str | None, broker_url: str | None) -> dict[str, object]:
+    """The two addresses as settings for :func:`child_environment`: those that the child would not find out by itself.
+
+    An address holds a password, which may come from a file so that it stands in no process's environment. A child that
+    reads the same configuration reads that file too. Raises ConfigError, as the child would.
+    """
+    own = load_settings(config_file)
+    wanted = {"redis_url": redis_url, "broker_url": broker_url}
+    found = {"redis_url": own.redis_url, "broker_url": own.broker_url or own.redis_url}
+    if broker_url is None:
+        found["broker_url"] = None
+    return {name: url for name, url in wanted.items() if url != found[name]}
 
 
 def inherited(wanted: Callable[[str], bool]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from promptmill.errors import PromptmillError, StoreUnavailable
 from promptmill.extras import require_extras
 from promptmill.queues import API_FAMILY
-from promptmill.settings import Settings, child_environment, default_data_dir
+from promptmill.settings import Settings, addresses_to_hand_on, child_environment, default_data_dir
 from promptmill.store.connection import check_server, open_redis, store_errors, where
 from promptmill.up.datadir import DataDir, RunningUp
 from promptmill.up.embedded import EmbeddedStore
@@ -155,8 +155,7 @@ class Stack:
         settings = self.settings
         config = ("--config", str(settings.config_file)) if settings.config_file else ()
         shared: dict[str, Any] = {
-            "redis_url": self._redis_url,
-            "broker_url": settings.broker_url or self._redis_url,
+            **addresses_to_hand_on(settings.config_file, self._redis_url, settings.broker_url or self._redis_url),
             "host": settings.host,
             "port": listener.getsockname()[1],
             "concurrency": settings.concurrency,
