@@ -20,7 +20,7 @@ from promptmill.registry import Registry
 from promptmill.settings import Settings
 from promptmill.store import Record, Store
 from promptmill.store.connection import store_errors
-from promptmill.store.dead import list_dead
+from promptmill.store.dead import list_dead, unlist_requeued
 from promptmill.store.link import Command
 from promptmill.usage import sweep_unbooked
 
@@ -173,8 +173,7 @@ class Watcher:
         Outbox first, so that a crash right after leaves an entry that the sweep sends. Answers what was queued.
         """
         released: list[str] = []
-        if dead_worker is not None:
-            await list_dead(self._store, job_ids)
+        listed_ms = await list_dead(self._store, job_ids) if dead_worker is not None else 0
 
         requeue = partial(
             self._store.requeue,
@@ -192,10 +191,12 @@ class Watcher:
             chunk = job_ids[start : start + _RELEASE_CHUNK]
             acts = [(job_id, partial(requeue, job_id, claim=(claims or {}).get(job_id))) for job_id in chunk]
             queued = await asyncio.gather(*(self._put_back(*act, dead_worker or "(ours)") for act in acts))
-            released += [job_id for job_id, done in zip(chunk, queued, strict=True) if done]
+            again = [job_id for job_id, done in zip(chunk, queued, strict=True) if done]
+            released += again
+            if dead_worker is not None:
+                await unlist_requeued(self._store, again, listed_ms)
             # What a dead worker held without running it waited there for a quarantine process: its message died too.
-            mine = chunk if dead_worker is not None else [i for i, done in zip(chunk, queued, strict=True) if done]
-            await self._send_again(mine, wait_s)
+            await self._send_again(chunk if dead_worker is not None else again, wait_s)
         return released
 
     async def _put_back(self, job_id: str, requeue: Callable[[], Awaitable[str]], worker: str) -> bool:

@@ -14,6 +14,7 @@ from promptmill.errors import StoreUnavailable
 from promptmill.heartbeat import Beat, beat, leave, read_beats, ready_workers
 from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
+from promptmill.store.dead import list_dead, unlist_requeued
 from promptmill.watch import Watcher
 from tests.support.processes import wait_until
 from tests.support.sweeping import swept
@@ -102,6 +103,21 @@ async def test_a_worker_that_leaves_with_claims_stays_to_be_found(store, produce
     store.forget_claim(job_id, worker)
     await leave(store, worker)
     assert worker not in {b.worker for b in (await read_beats(store))[0]}
+    await store.cancel(job_id, "over", "t")
+
+
+async def test_a_job_that_runs_again_is_not_listed_as_given_up(store, producer, watcher) -> None:
+    """The number on the list is what operators are shown; and who listed the job since knows more."""
+    worker = keys.new_token()
+    job_id = await held_by(store, producer, worker)
+    await watcher.settle(worker)
+    assert (await store.get(job_id)).state == "queued"
+    assert await store.wire.call("ZSCORE", keys.DEAD, job_id) is None
+    listed_ms = await list_dead(store, [job_id, "another"])
+    await store.wire.call("ZADD", keys.DEAD, listed_ms + 1, job_id)
+    await unlist_requeued(store, [job_id, "another"], listed_ms)
+    assert int(await store.wire.call("ZSCORE", keys.DEAD, job_id)) == listed_ms + 1
+    assert await store.wire.call("ZSCORE", keys.DEAD, "another") is None
     await store.cancel(job_id, "over", "t")
 
 

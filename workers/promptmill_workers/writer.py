@@ -30,8 +30,6 @@ _QUIET_PAUSE_S: Final = 0.250
 _JOBS_PER_WRITE: Final = 500
 _BACKOFF_MAX_S: Final = 1.0
 
-_APPEND_HEAD: Final = 9
-"""What stands before the events in a command that writes them."""
 _EVALSHA: Final = b"EVALSHA"
 _SHA: Final = APPEND.sha.encode()
 
@@ -169,6 +167,7 @@ class Writer:
         began = asyncio.get_running_loop().time()
         commands: list[Command] = []
         carried: list[tuple[JobLog, int]] = []
+        events = 0
         for log in batch:
             if log.fenced or log.lost:
                 log.release()
@@ -178,6 +177,7 @@ class Writer:
             if payloads:
                 commands.append(self._append(log, first, payloads))
                 carried.append((log, first + len(payloads) - 1))
+                events += len(payloads)
         if commands:
             replies = await self._wire.many_on(self.serial, commands)
             if any(isinstance(r, NoScriptError) for r in replies):
@@ -186,7 +186,7 @@ class Writer:
             replies = []
         if commands:
             lag_s = asyncio.get_running_loop().time() - (self._due_since or began)
-            self.on_written(sum(len(command) - _APPEND_HEAD for command in commands), lag_s)
+            self.on_written(events, lag_s)
         del self._dirty[: len(batch)]
         if len(batch) < _JOBS_PER_WRITE:  # else some found no room in this write
             self._due_since = began if self._dirty else None

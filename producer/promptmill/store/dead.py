@@ -26,13 +26,13 @@ def given_up(crashes: int, *, poisoned: bool) -> Error:
     return Error(code="crashed", message=f"the job lost its worker {crashes} times", retryable=True)
 
 
-async def list_dead(store: Store, job_ids: list[str]) -> None:
+async def list_dead(store: Store, job_ids: list[str]) -> int:
     """Put jobs on the list before they may be given up: a crash in between leaves a name that reading drops.
 
-    Nobody takes off those that were not given up after all: who settles a worker last knows least.
+    Answers the time in ms at which they stand there, for :func:`unlist_requeued`.
     """
     if not job_ids:
-        return
+        return 0
     with store_errors(store.address):
         seconds, micros = await store.wire.call("TIME")
         now_ms = int(seconds) * 1000 + int(micros) // 1000
@@ -43,6 +43,25 @@ async def list_dead(store: Store, job_ids: list[str]) -> None:
                 ("EXPIRE", keys.DEAD, int(keys.LIST_TTL.total_seconds())),
             ]
         )
+    return now_ms
+
+
+# KEYS: dead. ARGV: time in ms, job id ...
+_UNLIST: Final = """
+local gone = {}
+for i = 2, #ARGV do
+  if redis.call('ZSCORE', KEYS[1], ARGV[i]) == ARGV[1] then gone[#gone + 1] = ARGV[i] end
+end
+if #gone > 0 then redis.call('ZREM', KEYS[1], unpack(gone)) end
+return #gone
+"""
+
+
+async def unlist_requeued(store: Store, job_ids: list[str], listed_ms: int) -> None:
+    """Take jobs off the list that run again, unless somebody listed them since, who then knows more than we do."""
+    if job_ids:
+        with store_errors(store.address):
+            await store.wire.call("EVAL", _UNLIST, 1, keys.DEAD, listed_ms, *job_ids)
 
 
 async def unlist_dead(store: Store, job_ids: list[str]) -> None:
