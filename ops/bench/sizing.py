@@ -1,7 +1,7 @@
 """From streams and their speed to cores, processes and memory: arithmetic over what the benches measured.
 
-Nothing here is measured: the figures of :data:`MEASURED` stand in docs/benchmarks.md and docs/scaling.md, with their
-machine and their day. A better machine, or another job, needs other figures and the same arithmetic.
+Nothing here is measured: the figures come from :mod:`ops.bench.store` and docs/benchmarks.md, with their machine and
+their day. A better machine, or another job, needs other figures and the same arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Final
 
 LOAD: Final = 0.6
 """How much of a core is planned with: past it latency is queueing, and nothing is left for a death."""
+LOG_KEPT_S: Final = 60.0
+"""How long a log stays behind its job's end."""
 STREAMS_PER_WORKER: Final = 1_000
 """The default ``concurrency`` of a worker process."""
 
@@ -31,6 +33,8 @@ class Figures:
     relay_base: float
     relay_reader: float
     redis_running: float
+    """Of a job before its first token."""
+    redis_log_token: float
     redis_finished: float
     redis_reader: float
 
@@ -74,7 +78,10 @@ def size(
     )
     workers = max(math.ceil(worker / LOAD), math.ceil(streams / STREAMS_PER_WORKER))
     relays = math.ceil(relay / LOAD)
-    held = figures.redis_running + figures.redis_reader
+    log = tokens_per_job * figures.redis_log_token
+    # On average half of a running job's tokens are there.
+    held = streams * (figures.redis_running + log / 2 + figures.redis_reader)
+    kept = jobs * (kept_s * figures.redis_finished + LOG_KEPT_S * log)
     return Size(
         redis_cores=redis,
         redis_nodes=math.ceil(redis / LOAD),
@@ -82,7 +89,7 @@ def size(
         workers=workers,
         relay_cores=relay,
         relays=relays,
-        redis_bytes=streams * held + jobs * kept_s * figures.redis_finished,
+        redis_bytes=held + kept,
         worker_bytes=workers * figures.worker_base + streams * figures.worker_stream,
         relay_bytes=relays * figures.relay_base + streams * figures.relay_reader,
     )

@@ -56,16 +56,17 @@ MEASURED: Final = Figures(
     worker_token_us=76,
     relay_token_us=51,
     redis_token_us=22,
-    job_worker_us=4_000,
+    job_worker_us=4_500,
     job_relay_us=2_300,
-    job_redis_us=300,
+    job_redis_us=210,
     worker_base=73e6,
     worker_stream=111e3,
     relay_base=56e6,
     relay_reader=18.3 * 1024,
-    redis_running=12_000,
-    redis_finished=3_000,
-    redis_reader=300,
+    redis_running=6_300,
+    redis_log_token=42,
+    redis_finished=4_400,
+    redis_reader=280,
 )
 
 
