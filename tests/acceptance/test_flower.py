@@ -7,13 +7,17 @@ prompts, answers and secrets that were planted.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 import subprocess
 import sys
+import threading
+from base64 import b64encode
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ broker_url = "{broker}"
 heartbeat_s = 0.5
 dead_after_s = 5.0
 concurrency = 1
+{more}
 flower_user = "ann"
 flower_password = "{password}"
 [models.quick]
@@ -116,18 +121,45 @@ def flower_process(home: Path, **variables: str) -> Generator[tuple[subprocess.P
         wait_gone([process.pid])
 
 
+@contextmanager
+def management(password: str) -> Generator[str]:
+    """What RabbitMQ's management interface says of its queues; answers its host and port."""
+    queues = [{"name": "promptmill.api", "messages": 2}, {"name": "of.others", "messages": 9}]
+    wanted = "Basic " + b64encode(f"guest:{password}".encode()).decode()
+
+    class Management(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["authorization"] == wanted and self.path.startswith("/api/queues/")
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps(queues if known else []).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Management) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture(scope="module", params=[REDIS, AMQP])
 def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Shown]:
     home = tmp_path_factory.mktemp("flower")
-    names = ("prompt", "system", "answer", "password", "key")
+    names = ("prompt", "system", "answer", "password", "key", "management")
     planted = {name: f"planted{name}{secrets.token_hex(8)}" for name in names}
     with ExitStack() as stack:
         store = stack.enter_context(running_store(home, append_only=False))
-        broker = store
+        broker, more = store.url, ""
         if request.param == "amqp":
-            broker = stack.enter_context(running_rabbit(home))
+            broker = stack.enter_context(running_rabbit(home)).url
+            address = stack.enter_context(management(planted["management"]))
+            more = f'flower_broker_api = "http://guest:{planted["management"]}@{address}/api/"'
         config = home / "promptmill.toml"
-        config.write_text(CONFIG.format(store=store.url, broker=broker.url, **planted))
+        config.write_text(CONFIG.format(store=store.url, broker=broker, more=more, **planted))
         settings = load_settings(config)
         worker = stack.enter_context(worker_process(config, "flowered", env={"PLANTED_KEY": planted["key"]}))
         worker_id = asyncio.run(worker.ready(store.url))
@@ -223,7 +255,8 @@ def test_workers_are_named_and_known_to_be_there(shown: Shown) -> None:
 
 def test_the_lengths_of_all_queues_are_shown(shown: Shown) -> None:
     if shown.settings.queue_url.startswith("amqp"):
-        pytest.skip("RabbitMQ tells them by its management interface, which this one does not have")
+        assert shown.waiting == {"promptmill.api": 2}
+        return
     assert shown.waiting == {
         "promptmill.api": 2,
         "promptmill.api.batch": 0,

@@ -19,11 +19,13 @@ from promptmill import keys
 from promptmill.contract import Done, Limits, Progress
 from promptmill.errors import StoreUnavailable
 from promptmill.registry import Registry
+from promptmill.servers import announced
 from promptmill.settings import ModelConfig, Price, Settings
 from promptmill.store import Claimed, Store
 from promptmill.usage import book
 from tests.support.docs import ROOT, blocks, read, table
 from tests.support.gateway import Front, running_gateway, running_relay
+from tests.support.processes import wait_until
 from tests.support.store import running_store
 from tests.support.web import request
 from tests.support.worker import worker_process
@@ -325,6 +327,10 @@ def documented_users() -> dict[str, list[str]]:
     return found
 
 
+async def has_key(store: Store, key: str) -> bool:
+    return bool(await store.redis.exists(key))
+
+
 async def test_the_documented_users_of_redis_suffice_and_may_not_change_what_workers_run(tmp_path: Path) -> None:
     users = documented_users()
     assert set(users) == {"relay", "mill"}
@@ -352,6 +358,11 @@ async def test_the_documented_users_of_redis_suffice_and_may_not_change_what_wor
                     assert (await front.http.get(path)).status_code == 200
                 assert (await relay.http.get("/readyz")).status_code == 200
                 assert (await front.http.post(f"/v1/jobs/{job['id']}/cancel")).status_code == 200
+            reader = await Store.connect(relay_settings.store_url)
+            async with announced(reader, "relay", 0.1, lambda: (0, 0)):
+                await wait_until(lambda: has_key(root, keys.SERVERS), "the relay is on the list")
+            assert not await root.redis.exists(keys.SERVERS)
+            await reader.aclose()
             assert worker.stop() == 0
         refused = [entry[b"object"] for entry in await root.redis.execute_command("ACL", "LOG")]
         assert refused == []
@@ -364,6 +375,8 @@ async def test_the_documented_users_of_redis_suffice_and_may_not_change_what_wor
             ("relay", ("HSET", keys.record(job["id"]), "x", "y")),
             ("relay", ("DEL", keys.log(job["id"]))),
             ("relay", ("GET", keys.SIGNING_KEY)),
+            ("relay", ("HSET", keys.WORKERS, "x", "{}")),
+            ("relay", ("EVAL", "return 1", 1, keys.record(job["id"]))),
             ("relay", ("PUBLISH", keys.channel(job["id"]), "x")),
             ("relay", ("KEYS", "*")),
         ):
