@@ -20,8 +20,10 @@ from promptmill.doctor.stores import check_broker
 from promptmill.enqueue import Enqueuer
 from promptmill.queues import API_FAMILY, queues_of
 from promptmill.settings import Settings
+from promptmill.up.embedded import free_port
 from promptmill_workers.process import EXIT_BROKEN
 from tests.support.brokers import Broker
+from tests.support.metrics import scrape
 from tests.support.processes import wait_until
 from tests.support.rabbit import running_rabbit
 from tests.support.store import keys_without_ttl, redis_program, running_store
@@ -188,9 +190,16 @@ async def test_a_doubled_message_runs_its_job_once(configure: Configure, broker:
         job = await producer.submit("once", model="fast")
         await broker.put(*[(job.id, INTERACTIVE)] * 5)
         assert broker.waiting(INTERACTIVE) == 6
-        with worker_process(path):
+        port = free_port()
+        with worker_process(path, env={"PROMPTMILL_METRICS_PORT": str(port)}):
             stored = await job.result(60)
-            await wait_until(lambda: broker.waiting(INTERACTIVE) == 0, "all six messages are done with")
+
+            async def looked_at() -> bool:
+                return (await scrape(port)).value("claims_total") >= 6
+
+            # Taken off the queue is not enough: what a worker has in hand when it is to end goes back.
+            await wait_until(looked_at, "all six messages are done with")
+            assert broker.waiting(INTERACTIVE) == 0
             assert [a.outcome for a in stored.attempts] == ["succeeded"]
             check_whole(await collect(producer, job.id))
 
