@@ -15,7 +15,7 @@ Nothing here ever shows a password.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 SENTINEL_S: Final = 2.5
@@ -139,22 +139,19 @@ def where(url: str) -> str:
     return f"{nodes} (cluster)" if address.kind == "cluster" else f"{address.service} of Sentinel {nodes}"
 
 
-def kombu_address(url: str) -> tuple[str, dict[str, object]]:
-    """An address as kombu reads it, and the transport options that it needs beside."""
+def kombu_address(url: str) -> tuple[str, dict[str, Any]]:
+    """An address as kombu reads it, and the transport options that it needs beside; see
+    :func:`promptmill.enqueue.broker_address`."""
     if kind_of(url) != "sentinel":
         return url, {}
-    # Settings are read by much that needs no Redis at all.
-    from redis.backoff import NoBackoff  # noqa: PLC0415
-    from redis.retry import Retry  # noqa: PLC0415
-
     address = read_address(url)
     hosts = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in address.nodes]
     # Credentials and database are read from the first one; they are the primary's.
     urls = [f"sentinel://{address.userinfo}{hosts[0]}/{address.database}", *(f"sentinel://{h}" for h in hosts[1:])]
     own = {"username": address.sentinel_username, "password": address.sentinel_password}
-    sentinel: dict[str, object] = {name: value for name, value in own.items() if value is not None}
+    sentinel: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     # One that is down must not be asked for seconds before the next one is.
-    sentinel |= {"socket_connect_timeout": SENTINEL_S, "socket_timeout": SENTINEL_S, "retry": Retry(NoBackoff(), 0)}
+    sentinel |= {"socket_connect_timeout": SENTINEL_S, "socket_timeout": SENTINEL_S}
     if address.tls:
         sentinel |= {
             "ssl": True,

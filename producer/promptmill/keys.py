@@ -1,7 +1,8 @@
 """Every Redis key and channel of promptmill, and who may touch it.
 
 Keys of one job share the hash tag ``{JOB}``, so a script or transaction touches one slot of a Redis Cluster; there the
-job's channel is a sharded one. Every key has a time to live, set when it is written or when its job changes state: nothing of ours stays for ever.
+job's channel is a sharded one. Every key has a time to live, set when it is written or when its job changes state:
+nothing of ours stays for ever.
 
 ===========================  ========  ==========================  ==========================  =======================
 key                          type      written by                  read by                     time to live
