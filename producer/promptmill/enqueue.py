@@ -25,9 +25,11 @@ from amqp.exceptions import AMQPError, ChannelError, PreconditionFailed
 from celery import Celery
 from kombu.entity import Queue
 from kombu.exceptions import KombuError
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
-from promptmill.kombu_address import kombu_address, kombu_tls
+from promptmill.addresses import kombu_address, kombu_tls
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ T = TypeVar("T")
 
 def make_app(broker_url: str) -> Any:
     """A Celery app with what producers and workers must agree on. It never becomes the process's current app."""
-    broker, options = kombu_address(broker_url)
+    broker, options = broker_address(broker_url)
     app: Any = Celery("promptmill", broker=broker, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -71,6 +73,15 @@ def make_app(broker_url: str) -> Any:
     # Messages go to a queue by its name: no exchange of ours, and no binding to one.
     app.amqp.default_exchange = None
     return app
+
+
+def broker_address(broker_url: str) -> tuple[str, dict[str, Any]]:
+    """The address as kombu reads it, and the transport options that it needs beside."""
+    address, options = kombu_address(broker_url)
+    if "sentinel_kwargs" in options:
+        # redis-py would try one that is down ten times before it asks the next.
+        options["sentinel_kwargs"]["retry"] = Retry(NoBackoff(), 0)
+    return address, options
 
 
 def is_amqp(broker_url: str) -> bool:

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.asyncio.sentinel import SentinelConnectionPool
 
-from promptmill.addresses import Address, read_address, where
+from promptmill.addresses import Address, kombu_address, kombu_tls, read_address, where
 from promptmill.enqueue import make_app
 from promptmill.errors import ConfigError
-from promptmill.kombu_address import kombu_address, kombu_tls
 from promptmill.settings import Settings, load_settings
 from promptmill.store.connection import open_redis
 

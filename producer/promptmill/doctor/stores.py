@@ -16,7 +16,6 @@ from promptmill.addresses import kind_of, where
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
-from promptmill.kombu_address import kombu_address
 from promptmill.queues import queues_of
 from promptmill.settings import Settings
 from promptmill.store.cluster import Cluster, check_cluster
@@ -175,10 +174,10 @@ def _look_at_broker(url: str, address: str, families: list[str]) -> Check:
     from amqp.exceptions import NotFound, PreconditionFailed  # noqa: PLC0415
     from kombu.connection import Connection  # noqa: PLC0415
 
-    from promptmill.enqueue import broker_queue, foreign_queue, is_amqp  # noqa: PLC0415
+    from promptmill.enqueue import broker_address, broker_queue, foreign_queue, is_amqp  # noqa: PLC0415
 
     connection: Any
-    address_of, options = kombu_address(url)
+    address_of, options = broker_address(url)
     with Connection(address_of, connect_timeout=_BROKER_S, transport_options=options) as connection:
         connection.ensure_connection(max_retries=1, timeout=_BROKER_S)
         if not is_amqp(url):
