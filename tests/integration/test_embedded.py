@@ -16,6 +16,7 @@ import pytest
 import redis.asyncio
 
 from promptmill.errors import ConfigError, PromptmillError, StoreUnavailable
+from promptmill.settings import Settings
 from promptmill.up import embedded
 from promptmill.up.datadir import DataDir, find_running_up
 from promptmill.up.embedded import EmbeddedStore, StoreProgram, find_store_program
@@ -146,6 +147,15 @@ def test_a_running_up_is_found_only_while_its_lock_is_held(tmp_path: Path) -> No
     about = {"pid": os.getpid(), "url": "http://x", "redis_url": "redis://y", "pids": {"redis": 1}}
     data_dir.write("up.json", about)
     found = find_running_up(tmp_path)
+    assert found is not None
+    # One broker is the store: nothing else is told to a client. An address of its own is handed on.
+    assert found.put_in(Settings()).broker_url is None
+    data_dir.write("up.json", {**about, "broker_url": "amqp://z"})
+    apart = find_running_up(tmp_path)
+    assert apart is not None
+    assert apart.put_in(Settings()).queue_url == "amqp://z"
+    assert apart.put_in(Settings()).redis_url == "redis://y"
+    assert apart.put_in(Settings(broker_url="amqp://own")).queue_url == "amqp://own"
     assert found is not None
     assert (found.url, found.redis_url, found.pids) == ("http://x", "redis://y", {"redis": 1})
     data_dir.close()

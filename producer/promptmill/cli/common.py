@@ -37,7 +37,7 @@ def client_settings(config: Path | None, data_dir: Path | None) -> Settings:
     """Settings with a store in them: the configured one, else that of the ``promptmill up`` that runs here."""
     settings = load_settings(config, data_dir=data_dir)
     if settings.redis_url is None and (running := find_running_up(data_dir_of(settings))):
-        return settings.model_copy(update={"redis_url": running.redis_url})
+        return running.put_in(settings)
     return settings
 
 

@@ -12,7 +12,7 @@ def found_settings() -> Settings:
     """The configuration as the command line finds it, with the store of the ``promptmill up`` that runs here."""
     settings = load_settings()
     if settings.redis_url is None and (running := find_running_up(settings.data_dir or default_data_dir())):
-        return settings.model_copy(update={"redis_url": running.redis_url})
+        return running.put_in(settings)
     return settings
 
 

@@ -42,7 +42,7 @@ async def examine(config: Path | None = None, data_dir: Path | None = None) -> R
     running = find_running_up(data_dir_of(settings))
     report.checks += _configured(settings, running)
     if settings.redis_url is None and running is not None:
-        settings = settings.model_copy(update={"redis_url": running.redis_url})
+        settings = running.put_in(settings)
     live = await _look(settings)
     # What the store adds is looked at like what the file says; this machine's programs are those of its file.
     whole = settings.model_copy(update={"models": {n: m for n, m in live.registry.models.items() if _named(live, n)}})

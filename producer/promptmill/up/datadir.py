@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
 from promptmill.errors import ConfigError, PromptmillError, StoreUnavailable
+from promptmill.settings import Settings
 
 _LOCK_WAIT_S: Final = 0.5
 _STORE_END_S: Final = 15.0
@@ -36,7 +37,15 @@ class RunningUp:
     pid: int
     url: str
     redis_url: str
+    broker_url: str
     pids: dict[str, int]
+
+    def put_in(self, settings: Settings) -> Settings:
+        """The settings of a client that uses this ``up``: its store, and its broker where that is another server."""
+        addresses = {"redis_url": self.redis_url}
+        if self.broker_url != self.redis_url and settings.broker_url is None:
+            addresses["broker_url"] = self.broker_url
+        return settings.model_copy(update=addresses)
 
 
 class DataDir:
@@ -115,7 +124,11 @@ def find_running_up(path: Path) -> RunningUp | None:
         return None
     try:
         found = RunningUp(
-            pid=int(data["pid"]), url=str(data["url"]), redis_url=str(data["redis_url"]), pids=dict(data["pids"])
+            pid=int(data["pid"]),
+            url=str(data["url"]),
+            redis_url=str(data["redis_url"]),
+            broker_url=str(data.get("broker_url") or data["redis_url"]),
+            pids=dict(data["pids"]),
         )
     except (KeyError, TypeError, ValueError):
         return None

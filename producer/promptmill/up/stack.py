@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
@@ -79,8 +80,9 @@ class Stack:
         return self._supervisor
 
     def about(self) -> RunningUp:
-        """Its addresses and pids as they are now. ``redis_url`` holds the store's password."""
-        return RunningUp(os.getpid(), self.url, self._redis_url, self.supervisor.pids())
+        """Its addresses and pids as they are now. Those of store and broker hold their passwords."""
+        broker_url = self.settings.broker_url or self._redis_url
+        return RunningUp(os.getpid(), self.url, self._redis_url, broker_url, self.supervisor.pids())
 
     async def __aenter__(self) -> Self:
         require_extras("workers", "gateway")
@@ -214,7 +216,7 @@ class Stack:
         try:
             self._data_dir.write(
                 "up.json",
-                {"pid": about.pid, "url": about.url, "redis_url": about.redis_url, "pids": about.pids},
+                asdict(about),
             )
         except PromptmillError as err:
             # Clients can still be given the address; ending everything would be worse.
