@@ -110,7 +110,17 @@ def _behind_sentinel(address: Address, given: dict[str, Any]) -> Redis:
     of_primary["connection_class"] = SentinelManagedSSLConnection if address.tls else SentinelManagedConnection
     sentinel: Any = Sentinel([*address.nodes], sentinel_kwargs=of_sentinels)
     pool: Any = SentinelConnectionPool(address.service, sentinel, **of_primary)
-    return Redis.from_pool(pool)
+    return _BehindSentinel.from_pool(pool)
+
+
+class _BehindSentinel(Redis):
+    """redis-py closes the connections to the primary, and leaves those to the Sentinels open."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.aclose()
 
 
 def reason(err: BaseException) -> str:
