@@ -37,6 +37,10 @@ class FleetWatch:
                 self._seen = await self._lookout.look(), time.monotonic()
             except StoreUnavailable as err:
                 logger.info("the deployment was not looked at: %s", err)
+            except Exception:
+                # Where this task ends the gateway does, and for what others say of themselves it must not: a heartbeat
+                # of another version would end every gateway. `fleet_age_seconds` grows, and an alert looks at that.
+                logger.exception("the deployment cannot be looked at")
             await asyncio.sleep(_EVERY_S)
 
     def rows(self) -> Rows:

@@ -16,6 +16,7 @@ import hashlib
 import os
 import socket
 import sys
+import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -71,7 +72,10 @@ def start_tracing(settings: Settings, service: str) -> None:
 def flush_tracing() -> None:
     """Send what is left, for up to three seconds. Blocks: call it from a thread, or at a process's end."""
     if _this.provider is not None:
-        _this.provider.force_flush(int(FLUSH_S * 1000))
+        # The SDK's own bound does not hold while a request hangs, and a process that is to end must not wait for it.
+        sending = threading.Thread(target=_this.provider.force_flush, name="last spans", daemon=True)
+        sending.start()
+        sending.join(FLUSH_S)
 
 
 def _tracer() -> Any:

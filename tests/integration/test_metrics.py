@@ -13,10 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from promptmill import AsyncProducer, JobCancelled, JobFailed
+from promptmill import AsyncProducer, JobCancelled, JobFailed, keys
 from promptmill.errors import ConfigError, PromptmillError
 from promptmill.metrics import code_label, metrics_port
 from promptmill.settings import Settings, load_settings
+from promptmill.store import Store
 from promptmill.up.embedded import free_port
 from promptmill_relay.server import measured
 from tests.support.docs import tables
@@ -255,3 +256,21 @@ async def test_the_page_lists_the_figures_that_there_are(redis_url: str, tmp_pat
                     labels.setdefault(name, set()).update(sample.labels.keys() - {"le"})
     assert found == {name: kind for name, (kind, _) in listed.items()}
     assert {n: found_labels for n, found_labels in labels.items() if found_labels != set(listed[n][1])} == {}
+
+
+async def test_what_cannot_be_looked_at_ends_no_gateway(redis_url: str, store: Store) -> None:
+    """A worker of another version says something of itself that this one cannot read."""
+    settings = Settings(redis_url=redis_url, metrics_port=0)
+    await store.wire.call("HSET", keys.SERVERS, "relay@elsewhere", "not JSON")
+    await store.wire.call("EXPIRE", keys.SERVERS, 60)
+    async with running_gateway(settings) as gateway:
+        with measured(gateway.service, settings) as port:
+            assert port is not None
+            assert (await scrape(port)).value("fleet_workers") == 0
+            await store.wire.call("HDEL", keys.SERVERS, "relay@elsewhere")
+
+            async def looked() -> bool:
+                return "promptmill_fleet_age_seconds" in (await scrape(port)).text
+
+            await wait_until(looked, "it looks again")
+        assert not any(task.done() for task in gateway.service.background)

@@ -157,3 +157,19 @@ async def test_a_receiver_that_is_away_holds_nothing_up(redis_url: str, tmp_path
             job = await producer.submit("one two", model="echo")
             assert (await job.result()).text == "one two"
         assert worker.stop() == 0
+
+
+async def test_a_receiver_that_hangs_holds_no_end_up(redis_url: str, tmp_path: Path) -> None:
+    path = tmp_path / "promptmill.toml"
+    path.write_text(f'redis_url = "{redis_url}"\n')
+    with (
+        receiving_spans() as receiver,
+        worker_process(path, env={**tracing(receiver), "OTEL_EXPORTER_OTLP_TIMEOUT": "300"}) as worker,
+    ):
+        receiver.answers.clear()
+        await worker.ready(redis_url)
+        async with AsyncProducer(load_settings(path)) as producer:
+            await (await producer.submit("one two", model="echo")).result()
+        # Released only once the worker is gone.
+        assert await asyncio.to_thread(worker.stop) == 0
+        assert receiver.spans == []

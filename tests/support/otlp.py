@@ -42,6 +42,8 @@ class Receiver:
     url: str
     spans: list[Received] = field(default_factory=list)
     raw: list[bytes] = field(default_factory=list)
+    answers: threading.Event = field(default_factory=threading.Event)
+    """Cleared, requests hang."""
 
     def named(self, name: str, **attributes: str) -> list[Received]:
         """Spans of a name; ``attributes`` without ``promptmill.``, ``_`` for ``.``."""
@@ -79,6 +81,7 @@ def receiving_spans() -> Generator[Receiver]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
+            receiver.answers.wait()
             receiver.take(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
             answer = ExportTraceServiceResponse().SerializeToString()
             self.send_response(200 if self.path == "/v1/traces" else 404)
@@ -92,11 +95,13 @@ def receiving_spans() -> Generator[Receiver]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     receiver = Receiver(f"http://127.0.0.1:{server.server_port}")
+    receiver.answers.set()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
         yield receiver
     finally:
+        receiver.answers.set()
         server.shutdown()
         server.server_close()
         thread.join()
