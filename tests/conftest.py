@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
 from tests.support.distribution import mark_groups
 from tests.support.store import StoreServer, keys_without_ttl, running_store
+
+# Hundreds of processes are started here. Where bytecode may not be kept, each of them compiles all that it imports anew,
+# which takes three times as long as the rest of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A busy machine holds a property's example up for longer than any deadline that would mean something.
 hypothesis.settings.register_profile(
