@@ -16,8 +16,8 @@ from promptmill.store import Store
 from tests.support.distribution import mark_groups
 from tests.support.store import StoreServer, keys_without_ttl, running_store
 
-# Hundreds of processes are started here. Where bytecode may not be kept, each of them compiles all that it imports anew,
-# which takes three times as long as the rest of its start.
+# Hundreds of processes are started here. Where bytecode may not be kept, each of them compiles anew all that it
+# imports, which takes three times as long as the rest of its start.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

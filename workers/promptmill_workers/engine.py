@@ -9,11 +9,8 @@ import os
 import secrets
 import socket
 from concurrent.futures import CancelledError
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from redis.exceptions import RedisError
-
-from promptmill import keys
 from promptmill.enqueue import Enqueuer
 from promptmill.errors import StoreUnavailable
 from promptmill.heartbeat import WorkerState, beat, leave
@@ -21,11 +18,10 @@ from promptmill.live import LiveRegistry
 from promptmill.queues import API_FAMILY
 from promptmill.settings import FAMILIES, PROGRAM_FAMILIES, ModelConfig, Settings
 from promptmill.store import Store
-from promptmill.store.connection import reason, store_errors
 from promptmill.usage import warm
 from promptmill.watch import Watcher
+from promptmill_workers.claims import Claims
 from promptmill_workers.feeding import Feeding
-from promptmill_workers.orphans import Orphans
 from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
 from promptmill_workers.quarantine import Quarantine
@@ -66,7 +62,6 @@ class Engine:
         self._count = 0
         self._pace = Pace()
         self.turning = Turning()
-        self._verifying: set[asyncio.Task[None]] = set()
         self._beaten_at = 0.0
         self._serving: dict[asyncio.Task[None], tuple[str, str] | None] = {}
         """What is being served, with the message that brought it."""
@@ -95,7 +90,8 @@ class Engine:
         engine.watcher = Watcher(engine.store, settings, engine.enqueuer)
         engine.runner = Runner(engine.store, engine.writer, settings, engine.worker_id, family, engine.watcher)
         engine.runner.renew = engine._renew_registry
-        engine.orphans = Orphans(engine.store, engine.worker_id, engine.runner, engine.watcher)
+        retry_s = settings.heartbeat_s / 4
+        engine.claims = Claims(engine.store, engine.worker_id, engine.runner, engine.watcher, retry_s)
         if alone:
             engine.state = "quarantine"
             engine.runner.alone = True
@@ -110,7 +106,7 @@ class Engine:
         engine._tasks = [
             asyncio.create_task(engine._heart(), name="heartbeat"),
             asyncio.create_task(engine._follow_registry(), name="registry"),
-            asyncio.create_task(engine._control(), name="control"),
+            asyncio.create_task(engine.claims.follow(), name="control"),
             asyncio.create_task(engine.runner.traffic.run(), name="traffic"),
         ]
         if not alone:
@@ -125,7 +121,7 @@ class Engine:
     writer: Writer
     runner: Runner
     watcher: Watcher
-    orphans: Orphans
+    claims: Claims
     quarantine: Quarantine | None = None
     feeding: Feeding
 
@@ -205,8 +201,7 @@ class Engine:
             await asyncio.sleep(self.settings.heartbeat_s)
             await self._beat_now()
             if self._count % _VERIFY_EVERY_BEATS == 0:
-                await self._verify_claims()
-                await self._look_for_orphans()
+                await self.claims.verify()
 
     async def _beat_now(self) -> None:
         try:
@@ -276,60 +271,6 @@ class Engine:
         if self.level is None and any(m.worker_family == self.family and _runs_programs(m) for m in models.values()):
             self.level = await prepare()
             logger.info("programs are kept together by %s", self.level)
-
-    # -- learning that a claim is gone --------------------------------------------------------------------------
-
-    async def _control(self) -> None:
-        """Follow the control channel. After every (re)subscription all claims are checked: messages may be missing."""
-        channel = keys.control(self.worker_id).encode()
-        while True:
-            try:
-                link = await self.store.link(self._controlled)
-            except (RedisError, OSError) as err:
-                logger.warning("control channel not open: %s", reason(err))
-                await asyncio.sleep(self.settings.heartbeat_s / 4)
-                continue
-            try:
-                link.send([(b"SUBSCRIBE", channel)])
-                logger.warning("control channel lost: %s", await link.lost)
-            finally:
-                await link.aclose()
-
-    def _controlled(self, message: Any) -> None:
-        if isinstance(message, list):
-            kind, _, data = cast("list[Any]", message)
-            if kind == b"message":
-                self.runner.taken(data.decode())
-                return
-        # The subscription's confirmation, or an error: either way something may have been missed until now.
-        task = asyncio.ensure_future(self._verify_claims())
-        self._verifying.add(task)
-        task.add_done_callback(self._verifying.discard)
-
-    async def _verify_claims(self) -> None:
-        """Stop what runs here under a claim that the store no longer knows."""
-        jobs = list(self.runner.running.values())
-        if not jobs:
-            return
-        try:
-            with store_errors(self.store.address):
-                # Who was declared dead and lives may find its set of claims emptied behind its back: fill it again.
-                join = ("SADD", keys.claims(self.worker_id), *(job.job_id for job in jobs))
-                asked = [("HGET", keys.record(job.job_id), "claim") for job in jobs]
-                _, *held = await self.store.ask([join, *asked])
-        except StoreUnavailable as err:
-            logger.warning("claims not verified: %s", err)
-            return
-        for job, claim in zip(jobs, held, strict=True):
-            # A finish whose reply is on its way also removes the claim; stopping that task then changes nothing.
-            if (claim or b"").decode() != job.claim and self.runner.running.get(job.job_id) is job:
-                job.stop("taken")
-
-    async def _look_for_orphans(self) -> None:
-        try:
-            await self.orphans.look()
-        except StoreUnavailable as err:
-            logger.warning("claims not verified: %s", err)
 
     # -- the end ------------------------------------------------------------------------------------------------
 
