@@ -28,9 +28,10 @@ EARLIER = "4cb92372e796f82b0f8d3e1fd3d718f18961535a"
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("producer", "workers", "relay", "gateway")
 MODELS = '[models.slow]\ntype = "echo"\noptions = { tokens_per_s = 20 }\n'
+QUICKER = MODELS.replace("20", "400")
 SHORT = "word " * 60
 LONG = "word " * 600
-"""Runs for 30 seconds: a second worker starts meanwhile, however busy the machine is."""
+"""Runs for 30 seconds: a second worker, which is quicker, starts meanwhile, however busy the machine is."""
 PROOF = """
 import os, pathlib
 import promptmill, promptmill_workers
@@ -86,9 +87,10 @@ class Pair:
         self._settings = settings
         self._stack = stack
 
-    async def start(self, which: str) -> WorkerProcess:
+    async def start(self, which: str, path: Path | None = None) -> WorkerProcess:
+        """Start one and wait until it can claim; ``path`` is another configuration for it."""
         env = self._earlier.env if which == "earlier" else None
-        worker = self._stack.enter_context(worker_process(self._path, which, env=env))
+        worker = self._stack.enter_context(worker_process(path or self._path, which, env=env))
         self.ids[which] = await worker.ready(self._settings.store_url)
         if which == "earlier":
             assert self._earlier.proves(worker.pid)
@@ -141,13 +143,14 @@ async def test_either_takes_over_from_the_other(
     earlier: Earlier, write_config, goes: str, stays: str, how: str
 ) -> None:
     path, settings = write_config(QUICK + "drain_s = 0.2\n" + MODELS)
+    quicker, _ = write_config(QUICK + QUICKER, "quicker.toml")
     async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
         pair = Pair(earlier, path, settings, stack)
         leaving = await pair.start(goes)
         jobs = await producer.submit_many([{"prompt": LONG, "model": "slow"} for _ in range(5)])
         for job in jobs:
             await wait_for_tokens(producer, job.id, 3)
-        await pair.start(stays)
+        await pair.start(stays, quicker)
         leaving.signal(signal.SIGKILL if how == "killed" else signal.SIGTERM)
         for job in jobs:
             stored = await job.result(2 * PATIENCE_S)
