@@ -326,3 +326,18 @@ async def test_scripts_survive_a_flushed_script_cache(store: Store) -> None:
     await claimed(store, job_id)
     await store.redis.script_flush()
     assert await submitted(store)
+
+
+async def test_scripts_survive_a_cache_that_is_flushed_before_each_write(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = store.ask
+
+    async def flushed_before(*args, **options) -> list:
+        await store.redis.script_flush()
+        return await ask(*args, **options)
+
+    monkeypatch.setattr(store, "ask", flushed_before)
+    job_id = await submitted(store)
+    await claimed(store, job_id)
+    assert await store.cancel(job_id, "stop", "t")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import orjson
-from redis.exceptions import NoScriptError
 
 from promptmill import keys
 from promptmill.batch import scripts
@@ -101,10 +100,7 @@ async def _stop(store: Store, job_ids: Sequence[str], reason: str) -> None:
         ("EVALSHA", script.sha, 2, keys.record(job_id), keys.log(job_id), *given) for job_id in job_ids
     ]
     with store_errors(store.address):
-        try:
-            await store.ask(commands)
-        except NoScriptError:
-            await store.ask([("SCRIPT", "LOAD", script.source), *commands])
+        await store.ask_scripted(script, commands)
 
 
 async def let_go(store: Store, known: Known, view: View) -> bool:

@@ -15,7 +15,6 @@ from datetime import timedelta
 from typing import Final
 
 from pydantic import ValidationError
-from redis.exceptions import NoScriptError
 
 from promptmill import keys
 from promptmill.batch import scripts
@@ -177,10 +176,7 @@ class Steps:
             *(job.command() for job in jobs),
         ]
         with store_errors(self._store.address):
-            try:
-                await self._store.ask(commands, first=2)
-            except NoScriptError:
-                await self._store.ask([("SCRIPT", "LOAD", job_scripts.SUBMIT.source), *commands], first=3)
+            await self._store.ask_scripted(job_scripts.SUBMIT, commands, first=2)
 
     async def _push(self, jobs: Sequence[Submission]) -> None:
         """Tell the workers of jobs that exist."""

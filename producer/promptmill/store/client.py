@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any, Final, Literal
 
 import orjson
-from redis.exceptions import NoScriptError
 
 from promptmill import keys
 from promptmill.contract import Cancelled, Error, Job, Progress, Restart
@@ -94,14 +93,6 @@ class Store(Connected):
         Repeating is harmless: each step does nothing where it was done before. A crash between the steps leaves an
         outbox entry that the sweep either sends or drops.
         """
-        with store_errors(self.address):
-            try:
-                return await self._submit(jobs)
-            except NoScriptError:
-                await self.wire.call("SCRIPT", "LOAD", scripts.SUBMIT.source)
-                return await self._submit(jobs)
-
-    async def _submit(self, jobs: Sequence[Submission]) -> list[bool]:
         score = time.time_ns() // 1000
         outbox: list[Command] = [("ZADD", keys.OUTBOX, "NX", 0, job.job_id) for job in jobs]
         commands: list[Command] = []
@@ -119,7 +110,9 @@ class Store(Connected):
                         ("ZREMRANGEBYSCORE", index, "-inf", score - max(life + keep, _ms(keys.LIST_TTL)) * 1000)
                     )
         outbox.append(("PEXPIRE", keys.OUTBOX, _ms(keys.INDEX_TTL)))
-        replies = (await self.ask([*outbox, *commands, *trims], first=len(outbox)))[len(outbox) :]
+        asked = [*outbox, *commands, *trims]
+        with store_errors(self.address):
+            replies = (await self.ask_scripted(scripts.SUBMIT, asked, first=len(outbox)))[len(outbox) :]
         for job in jobs:
             self.note("submitted", job.request.priority)
         return [replies[i * _COMMANDS_PER_SUBMIT][2] == b"queued" for i in range(len(jobs))]

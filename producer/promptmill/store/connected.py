@@ -95,12 +95,25 @@ class Connected:
         before: Sequence[Command] = (),
         serial: int | None = None,
     ) -> Any:
-        rest = (2, keys.record(job_id), keys.log(job_id), *args)
+        call = ("EVALSHA", script.sha, 2, keys.record(job_id), keys.log(job_id), *args)
+        return (await self.ask_scripted(script, [*before, call], serial=serial, first=len(before)))[-1]
+
+    async def ask_scripted(
+        self, script: scripts.Script, commands: Sequence[Command], *, serial: int | None = None, first: int = 0
+    ) -> list[Any]:
+        """As :meth:`ask`, for commands of which some call ``script`` by its digest.
+
+        Where the server forgot the script, all of them are sent again with its source, so all may be done twice. The
+        source travels in the calls themselves: loaded by a command before them, it can be forgotten in between.
+        """
         try:
-            commands = [*before, ("EVALSHA", script.sha, *rest)]
-            return (await self.ask(commands, serial=serial, first=len(before)))[-1]
+            return await self.ask(commands, serial=serial, first=first)
         except NoScriptError:
-            return (await self.ask([("EVAL", script.source, *rest)], serial=serial))[0]
+            spelled_out: list[Command] = [
+                ("EVAL", script.source, *command[2:]) if command[:2] == ("EVALSHA", script.sha) else command
+                for command in commands
+            ]
+            return await self.ask(spelled_out, serial=serial, first=first)
 
     async def ask(self, commands: Sequence[Command], *, serial: int | None = None, first: int = 0) -> list[Any]:
         """Raw replies of several commands in one write. Raises redis-py's error for the first that was refused.

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
-from redis.exceptions import NoScriptError
 
 from promptmill import keys
 from promptmill.errors import StoreUnavailable
@@ -135,10 +134,7 @@ async def run_all(
     """A script's answers for several sets of keys, in one write. All may run twice: where the server forgot it."""
     commands: list[Command] = [("EVALSHA", script.sha, len(names), *names, *args) for names, args in calls]
     with store_errors(store.address):
-        try:
-            return await store.ask(commands)
-        except NoScriptError:
-            return (await store.ask([("SCRIPT", "LOAD", script.source), *commands]))[1:]
+        return await store.ask_scripted(script, commands)
 
 
 async def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str, Any]) -> None:
