@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,14 @@ def post(up: Up, **request: object) -> httpx.Response:
 
 def get(up: Up, job_id: str) -> httpx.Response:
     return httpx.get(f"{up.about['url']}/v1/jobs/{job_id}", timeout=PATIENCE_S, trust_env=False)
+
+
+@pytest.fixture
+def hangs_up() -> Generator[None]:
+    """What is started ends by HUP, also where these tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @SHARED
@@ -65,6 +74,7 @@ def test_what_it_keeps_is_for_its_owner_only_and_no_password_is_in_the_process_l
         }
 
 
+@pytest.mark.usefixtures("hangs_up")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_in_order_and_leaves_nothing(start_up: StartUp, number: signal.Signals) -> None:
     up = start_up()
@@ -170,6 +180,7 @@ def test_a_second_signal_does_not_wait_for_running_jobs(start_up: StartUp) -> No
     wait_gone(up.seen)
 
 
+@pytest.mark.usefixtures("hangs_up")
 def test_a_closed_terminal_ends_it(tmp_path: Path) -> None:
     leader, terminal = pty.openpty()
     process = subprocess.Popen(

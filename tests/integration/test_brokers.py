@@ -105,6 +105,11 @@ async def running_are(producer: AsyncProducer, jobs: Sequence[AsyncJob], count: 
     return (await states(producer, jobs)).count("running") == count
 
 
+async def nothing_waits(broker: Broker, queue: str) -> None:
+    """What waits for a slot on a busy machine may be sent again: the worker finds nothing to do for it."""
+    await wait_until(lambda: broker.waiting(queue) == 0, "no message is left")
+
+
 async def workers_are(producer: AsyncProducer, count: int) -> bool:
     return (await producer.ready()).workers == count
 
@@ -173,6 +178,7 @@ async def test_a_second_signal_hands_jobs_back_and_nothing_is_lost(configure: Co
         with worker_process(path, "second"):
             for job in jobs:
                 assert (await job.result(60)).text == LONG
+            await nothing_waits(broker, INTERACTIVE)
 
 
 async def test_a_lost_message_is_sent_again(configure: Configure, broker: Broker) -> None:
@@ -224,7 +230,7 @@ async def test_a_broker_that_dies_under_load_costs_no_job_and_no_attempt(configu
             assert worker.process.poll() is None, "the worker lived on"
             for job in [*jobs, *late]:
                 assert [a.outcome for a in (await job.get()).attempts] == ["succeeded"]
-            await wait_until(lambda: broker.waiting(INTERACTIVE) == 0, "no message is left")
+            await nothing_waits(broker, INTERACTIVE)
 
 
 async def test_jobs_submitted_without_a_broker_run_once_it_is_back(configure: Configure, broker: Broker) -> None:
@@ -281,7 +287,7 @@ async def test_queued_and_running_jobs_are_cancelled(configure: Configure, broke
                 with pytest.raises(JobCancelled):
                     await job.result(5)
             assert (await queued.get()).attempts == []
-            await wait_until(lambda: broker.waiting(INTERACTIVE) == 0, "its message is done with")
+            await nothing_waits(broker, INTERACTIVE)
 
 
 async def test_no_message_is_held_unacknowledged_for_as_long_as_jobs_run(configure: Configure) -> None:
@@ -318,7 +324,7 @@ async def test_batch_jobs_leave_slots_to_interactive_ones(configure: Configure, 
                 assert (await job.cancel()).attempt == 1
 
 
-async def test_short_batch_jobs_never_hold_more_than_their_share(configure: Configure) -> None:
+async def test_short_batch_jobs_never_hold_more_than_their_share(configure: Configure, broker: Broker) -> None:
     path, settings = configure("concurrency = 5\n")
     with worker_process(path) as worker:
         async with AsyncProducer(settings) as producer:
@@ -327,6 +333,7 @@ async def test_short_batch_jobs_never_hold_more_than_their_share(configure: Conf
                 [{"prompt": "word " * 4, "model": "slow", "priority": "batch"} for _ in range(40)]
             )
             ended = [await job.result(60) for job in submitted]
+            await nothing_waits(broker, BATCH)
     # At one moment a job that begins comes after one that ends: the times are whole milliseconds.
     changes = sorted([(job.started_at, 1) for job in ended] + [(job.finished_at, -1) for job in ended])
     running = peak = 0
@@ -336,7 +343,9 @@ async def test_short_batch_jobs_never_hold_more_than_their_share(configure: Conf
     assert peak == 4
 
 
-async def test_jobs_of_both_kinds_compete_for_the_last_slots_and_each_runs_once(configure: Configure) -> None:
+async def test_jobs_of_both_kinds_compete_for_the_last_slots_and_each_runs_once(
+    configure: Configure, broker: Broker
+) -> None:
     """Slots open and close all the time, and RabbitMQ sends messages for which there is none any more."""
     path, settings = configure("concurrency = 2\n")
     with worker_process(path) as worker:
@@ -347,6 +356,8 @@ async def test_jobs_of_both_kinds_compete_for_the_last_slots_and_each_runs_once(
             for job in jobs:
                 stored = await job.result(90)
                 assert [a.outcome for a in stored.attempts] == ["succeeded"]
+            for queue in (INTERACTIVE, BATCH):
+                await nothing_waits(broker, queue)
 
 
 async def test_a_worker_stops_well_while_its_batch_jobs_wait(configure: Configure, broker: Broker) -> None:
@@ -364,6 +375,7 @@ async def test_a_worker_stops_well_while_its_batch_jobs_wait(configure: Configur
             for job in jobs:
                 stored = await job.result(90)
                 assert (stored.text, stored.attempt) == (LONG, 1)
+            await nothing_waits(broker, BATCH)
 
 
 async def test_a_redis_is_store_and_broker_at_once(tmp_path: Path, write_config: Configure) -> None:
