@@ -38,8 +38,10 @@ _PREFETCH: Final = 1
 _LOOK_AGAIN_S: Final = 1.0
 _TURNING_POLL_S: Final = 0.2
 """How often it is looked whether the event loop turns."""
+_POLL_S: Final = 0.25
+"""How long kombu's thread waits in Redis for the next message. It asks for more queues, pauses and ends only then."""
 _HELD_BACK_POLL_S: Final = 0.05
-"""kombu asks Redis for the next message once a second, and asks for more queues only then."""
+"""The same while a queue is not asked for."""
 _EXIT_FOREIGN_QUEUE: Final = 1
 
 
@@ -244,7 +246,7 @@ class Consumer:
             self._following = False
         if not self._amqp:
             channel = consumer.task_consumer.channel
-            channel.brpop_timeout = _HELD_BACK_POLL_S if self._held_back else channel.connection.brpop_timeout
+            channel.brpop_timeout = _HELD_BACK_POLL_S if self._held_back else _POLL_S
 
     def _others_first(self, consumer: Any) -> bool:
         """RabbitMQ serves its queues side by side. The last free slot goes to an interactive job, if one waits."""
