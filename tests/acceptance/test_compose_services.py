@@ -20,7 +20,7 @@ import httpx
 import pytest
 import redis
 
-from tests.support.compose import Place, Running, can_confine, ours, running
+from tests.support.compose import Place, Running, alertmanager_program, can_confine, ours, running
 from tests.support.event_source import EventSourceParser
 from tests.support.kubernetes import build, of_kind
 from tests.support.processes import block_until, tree
@@ -70,6 +70,8 @@ def missing(name: str) -> str | None:
         return "the health check of the store needs valkey-cli or redis-cli: apt-get install redis-tools"
     if name == "prometheus" and (not shutil.which("prometheus") or not shutil.which("promtool")):
         return "prometheus is not installed: apt-get install prometheus"
+    if name == "alertmanager" and (alertmanager_program() is None or not shutil.which("wget")):
+        return "alertmanager or wget is not installed: apt-get install prometheus-alertmanager wget"
     return None
 
 
@@ -94,7 +96,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Generator[Stack]:
         # As depends_on has it: the store first, then the others together.
         found.services["redis"] = exits.enter_context(running(place, "redis"))
         found.services["redis"].wait_healthy()
-        for name in [*ours(place.file), "prometheus"]:
+        for name in [*ours(place.file), "prometheus", "alertmanager"]:
             if missing(name) is None:
                 found.services[name] = exits.enter_context(running(place, name))
         for service in found.services.values():
@@ -114,8 +116,19 @@ def test_prometheus_runs_with_the_configuration_of_the_stack(stack: Stack) -> No
     with stack.client() as client:
         jobs = client.get(f"{stack.url('prometheus', 9090)}/api/v1/targets").json()["data"]["activeTargets"]
         groups = client.get(f"{stack.url('prometheus', 9090)}/api/v1/rules").json()["data"]["groups"]
-    assert {target["labels"]["job"] for target in jobs} >= {"prometheus"}
+    assert {target["labels"]["job"] for target in jobs} >= {"prometheus", "alertmanager"}
     assert {rule["type"] for group in groups for rule in group["rules"]} == {"recording", "alerting"}
+
+
+def test_prometheus_passes_its_alerts_to_the_alertmanager_of_the_stack(stack: Stack) -> None:
+    skip_without("prometheus")
+    skip_without("alertmanager")
+    with stack.client() as client:
+        told = client.get(f"{stack.url('prometheus', 9090)}/api/v1/alertmanagers").json()["data"]["activeAlertmanagers"]
+        about = client.get(f"{stack.url('alertmanager', 9093)}/api/v2/status").json()
+    assert [target["url"] for target in told] == [f"{stack.url('alertmanager', 9093)}/api/v2/alerts"]
+    for receiver in ("page", "ticket"):
+        assert f"- name: {receiver}\n" in about["config"]["original"]
 
 
 def test_a_job_goes_through_gateway_worker_and_relay(stack: Stack) -> None:

@@ -31,7 +31,7 @@ FILE: Final = ROOT / "compose.yaml"
 DOCKERFILE: Final = ROOT / "ops" / "images" / "Dockerfile"
 IMAGE: Final = "promptmill:local"
 PROGRAMS_IMAGE: Final = "promptmill-programs:local"
-_ENTRY_POINTS: Final = {"prometheus": ("prometheus",)}
+_ENTRY_POINTS: Final = {"prometheus": ("prometheus",), "alertmanager": ("alertmanager",)}
 """Those of other people's images, where a command holds the arguments alone."""
 _SECONDS: Final = {"h": 3600, "m": 60, "s": 1, "ms": 0.001}
 # $1 on: what may be written to, "--", the command. As `read_only`, `cap_drop: [ALL]` and `no-new-privileges` have it.
@@ -125,8 +125,9 @@ class Place:
         }
         # At once: what is put in has such places in its own path.
         anywhere = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
-        text = re.sub(rf"(?<![\w.])(?:{anywhere})\b", lambda match: str(places[match[0]]), text)
+        return self._with_ports(name, re.sub(rf"(?<![\w.])(?:{anywhere})\b", lambda match: str(places[match[0]]), text))
 
+    def _with_ports(self, name: str, text: str) -> str:
         def port(match: re.Match[str]) -> str:
             host = name if match[1] in {"127.0.0.1", "0.0.0.0"} else match[1]
             return f"127.0.0.1:{self.port(host, int(match[2]))}" if host in self.file["services"] else match[0]
@@ -140,8 +141,17 @@ class Place:
         found: dict[str, Path] = {}
         for volume in self.file["services"][name].get("volumes", []):
             source, target = volume.split(":")[:2]
-            found[target] = (ROOT / source) if source.startswith("./") else self._own(name, source)
+            found[target] = self._mounted(name, source) if source.startswith("./") else self._own(name, source)
         return found
+
+    def _mounted(self, name: str, source: str) -> Path:
+        """A directory of the repository: a copy, in which files name this machine's ports."""
+        copy = self._own(name, "mounted") / Path(source).name
+        if not copy.exists():
+            shutil.copytree(ROOT / source, copy)
+            for path in copy.glob("*.yml"):
+                path.write_text(self._with_ports(name, path.read_text()))
+        return copy
 
     def _own(self, name: str, kind: str) -> Path:
         path = self.directory / name / kind
@@ -187,6 +197,7 @@ class Place:
         # Beside the server: what Debian puts on PATH becomes another user.
         here["rabbitmq-diagnostics"] = str(Path(broker).with_name("rabbitmq-diagnostics")) if broker else None
         here["valkey-cli"] = shutil.which("valkey-cli") or shutil.which("redis-cli")
+        here["alertmanager"] = alertmanager_program()
         for link, program in here.items():
             if program and not (path / link).exists():
                 # No link: a script looks for its neighbours.
@@ -206,7 +217,8 @@ class Place:
         service = self.file["services"][name]
         if not (can_confine() and service["read_only"] and service["cap_drop"] == ["ALL"]):
             return command
-        volumes = [path for path in self._mounts(name).values() if path.is_relative_to(self.directory)]
+        sources = [volume.partition(":")[0] for volume in service.get("volumes", [])]
+        volumes = [self._own(name, source) for source in sources if not source.startswith("./")]
         writable = [self._own(name, "tmp"), *volumes]
         return [*("unshare", "--mount", "sh", "-euc", _CONFINE, "sh"), *map(str, writable), "--", *command]
 
@@ -223,6 +235,11 @@ class Place:
             timeout=PATIENCE_S,
             check=False,
         )
+
+
+def alertmanager_program() -> str | None:
+    """Where Alertmanager is, which Debian gives another name."""
+    return shutil.which("alertmanager") or shutil.which("prometheus-alertmanager")
 
 
 @cache

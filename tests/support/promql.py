@@ -119,11 +119,11 @@ def expressions() -> Iterator[tuple[str, str, str]]:
             yield f"{name}: {panel['title']}", target["expr"], target["legendFormat"]
 
 
-def program(name: str) -> str:
-    """The path of ``promtool`` or ``prometheus``; without it a skipped test, in CI a failure."""
-    found = shutil.which(name)
+def program(*names: str, package: str = "prometheus") -> str:
+    """The path of the first that is installed; without any a skipped test, in CI a failure."""
+    found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        reason = f"{name} is not installed: apt-get install --no-install-recommends prometheus"
+        reason = f"{names[0]} is not installed: apt-get install --no-install-recommends {package}"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)

@@ -15,6 +15,7 @@ import pytest
 import typer
 import yaml
 from ops.grafana import make, pages
+from ops.prometheus import make as rules
 
 from promptmill.cli.app import app
 from tests.support.docs import ROOT, anchors, read
@@ -59,6 +60,14 @@ def test_promtool_sees_an_alert_that_no_longer_fires(tmp_path: Path) -> None:
     (tmp_path / "tests" / test.name).write_text(test.read_text())
     with pytest.raises(AssertionError, match="PromptmillWorkersDie"):
         promtool("test", "rules", tmp_path / "tests" / test.name)
+
+
+def test_the_operators_rules_are_those_that_the_script_writes() -> None:
+    assert rules.WRITTEN.read_text() == rules.text(), "run python -m ops.prometheus.make"
+    made = [
+        rule for one in yaml.safe_load_all(rules.text()) for group in one["spec"]["groups"] for rule in group["rules"]
+    ]
+    assert {rule["alert"]: rule for rule in made if "alert" in rule} == ALERTS
 
 
 def test_each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not() -> None:

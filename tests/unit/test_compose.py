@@ -88,7 +88,7 @@ def test_the_stack_and_what_its_profiles_add() -> None:
     assert profile("rabbitmq") == {"rabbitmq"}
     assert profile("programs") == {"worker-claude", "worker-gemini"}
     assert profile("flower") == {"flower"}
-    assert profile("monitoring") == {"prometheus", "grafana"}
+    assert profile("monitoring") == {"prometheus", "alertmanager", "grafana"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -154,7 +154,7 @@ def test_secrets_are_files_and_each_service_gets_those_that_it_reads() -> None:
         assert read <= set(service.get("secrets", []))
         # Keys of providers are named by the configuration; a worker sees that of its own family alone.
         expected = {"worker": {"anthropic_api_key"}, "worker-claude": {"claude_token"}}
-        expected["worker-gemini"] = {"gemini_api_key"}
+        expected |= {"worker-gemini": {"gemini_api_key"}, "alertmanager": {"alert_page", "alert_ticket"}}
         assert keys == expected.get(name, set()), name
 
 
@@ -244,7 +244,7 @@ def test_each_service_has_a_health_check_and_more_time_to_stop_than_it_takes() -
 
 def test_only_http_services_are_published_on_loopback_and_the_store_has_no_way_out() -> None:
     assert {name for name, service in SERVICES.items() if "ports" in service} == {
-        *("gateway", "relay", "flower", "grafana"),
+        *("gateway", "relay", "flower", "alertmanager", "grafana"),
     }
     for service in SERVICES.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))

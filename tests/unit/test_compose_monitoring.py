@@ -1,4 +1,4 @@
-"""What Prometheus and Grafana of the compose stack read: it fits the services, and Prometheus itself accepts it.
+"""What the monitoring of the compose stack reads: it fits the services, and Prometheus and Alertmanager accept it.
 
 Grafana is not started: no registry that the tests can reach has it.
 """
@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ import yaml
 
 from tests.support.compose import environment_of, load, ours
 from tests.support.docs import ROOT
+from tests.support.promql import alerts, program
 
 COMPOSE = load()
 PROMETHEUS = ROOT / "ops" / "prometheus" / "prometheus.yml"
+ALERTMANAGER = ROOT / "ops" / "alertmanager" / "alertmanager.yml"
 PROVISIONING = ROOT / "ops" / "grafana" / "provisioning"
 
 
@@ -61,6 +64,56 @@ def test_promtool_accepts_the_configuration_and_the_rules() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def amtool(*arguments: str | Path) -> str:
+    done = subprocess.run(
+        [program("amtool", package="prometheus-alertmanager"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_alerts_reach_the_receiver_of_their_severity() -> None:
+    amtool("check-config", ALERTMANAGER)
+    for name, rule in alerts().items():
+        severity = rule["labels"]["severity"]
+        asked = amtool(
+            "config", "routes", "test", f"--config.file={ALERTMANAGER}", f"severity={severity}", f"alertname={name}"
+        )
+        assert asked.strip() == severity, name
+
+
+def test_what_an_inhibition_names_is_an_alert() -> None:
+    rules = yaml.safe_load(ALERTMANAGER.read_text())["inhibit_rules"]
+    (cause,) = [re.search('"(.+)"', matcher)[1] for rule in rules for matcher in rule["source_matchers"]]  # type: ignore[index]
+    assert cause in alerts()
+    (effects,) = [re.search(r"Promptmill\((.+)\)", matcher)[1] for rule in rules for matcher in rule["target_matchers"]]  # type: ignore[index]
+    assert {f"Promptmill{effect}" for effect in effects.split("|")} < set(alerts())
+
+
+def test_the_receivers_that_are_marked_out_are_right_once_the_marks_are_off(tmp_path: Path) -> None:
+    secrets = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    text = re.sub(r"^    # (.*)$", r"    \1", ALERTMANAGER.read_text(), flags=re.MULTILINE)
+    named = re.findall(r"/run/secrets/(\w+)", text)
+    assert set(named) <= secrets
+    for name in named:
+        (tmp_path / name).write_text("https://127.0.0.1/alerts")
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(text.replace("/run/secrets", str(tmp_path)))
+    assert {"pagerduty_configs", "slack_configs"} == set(re.findall(r"\w+_configs", text))
+    amtool("check-config", file)
+
+
+def test_prometheus_tells_the_alertmanager_of_the_stack() -> None:
+    service = COMPOSE["services"]["alertmanager"]
+    (listens,) = [word for word in service["command"] if word.startswith("--web.listen-address=")]
+    (target,) = yaml.safe_load(PROMETHEUS.read_text())["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert target == f"alertmanager:{listens.rpartition(':')[2]}"
 
 
 def test_grafana_asks_the_prometheus_of_the_stack_and_reads_the_mounted_dashboards() -> None:

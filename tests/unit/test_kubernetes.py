@@ -27,6 +27,7 @@ operator = pytest.importorskip("cloudcoil.models.prometheus_operator.v1")
 CUSTOM = {
     ("keda.sh/v1alpha1", "ScaledObject"): keda.ScaledObject,
     ("monitoring.coreos.com/v1", "PodMonitor"): operator.PodMonitor,
+    ("monitoring.coreos.com/v1", "PrometheusRule"): operator.PrometheusRule,
 }
 VERSIONS = ("1.31", "1.37")
 OBJECTS = build()
