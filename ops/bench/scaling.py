@@ -2,9 +2,9 @@
 
 ``programs``: each job is a child process below a guard that waits for two seconds, as a program does that waits for its
 provider. ``api``: jobs of one second and ten tokens at the simulated provider. Slots are few, so four workers have four
-times as many, and do four times as much until the CPU is full: programs hardly use it, api jobs do. Figures are from
-the first job's start to the last one's end. The machine's load before each run stands beside them: where it was not
-near zero, others took part of the CPU.
+times as many, and do four times as much until the CPU is full: programs hardly use it, api jobs of eight workers do.
+Figures are from the first job's start to the last one's end. The machine's load before each run stands beside them:
+where it was not near zero, others took part of the CPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from promptmill import AsyncProducer
 from promptmill.contract import Job
 from promptmill.settings import load_settings
 
-COUNTS = (1, 2, 4)
+COUNTS = (1, 2, 4, 8)
 KINDS = ("programs", "api")
 _KEY = "SCALING_KEY"
 _CHUNK = 500
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; exit code 1 where a job failed."""
     parser = argparse.ArgumentParser(prog="python -m ops.bench.scaling", description=__doc__)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="(default: both)")
-    parser.add_argument("--workers", nargs="+", type=int, default=list(COUNTS), help="(default: 1 2 4)")
+    parser.add_argument("--workers", nargs="+", type=int, default=list(COUNTS), help="(default: 1 2 4 8)")
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="programs in each slot, one after another")
     parser.add_argument("--api-rounds", type=int, default=Plan.api_rounds, help="api jobs in each slot, likewise")
     args = parser.parse_args(argv)
