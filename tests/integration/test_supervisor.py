@@ -80,7 +80,7 @@ async def test_a_guarded_part_goes_by_its_programs_pid_and_is_restarted_too(supe
     assert psutil.Process(first).cmdline() == ["/bin/sleep", "600"]
     os.kill(first, signal.SIGKILL)
     await wait_until(lambda: supervisor.pids().get("redis", first) != first, "a new pid")
-    assert said.has("redis died (signal 9); restarted as pid ")
+    await wait_until(lambda: said.has("redis died (signal 9); restarted as pid "), "it says so")
 
 
 async def test_a_killed_guard_leaves_no_second_program_behind(supervisor: Supervisor) -> None:

@@ -179,9 +179,12 @@ def until(holds: Callable[[], bool], what: str) -> None:
 
 
 def _free_ports() -> int:
-    """A free port whose cluster bus port is free, too."""
+    """A free port whose cluster bus port is free, too, and is none that an outgoing connection may take before it."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = free_port()
+        if port + _BUS >= first:
+            continue
         with socket.socket() as bus, contextlib.suppress(OSError):
             bus.bind(("127.0.0.1", port + _BUS))
             return port
