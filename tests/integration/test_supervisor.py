@@ -70,7 +70,8 @@ async def test_a_part_that_dies_is_restarted_and_the_news_is_told(supervisor: Su
     first = supervisor.pids()["worker-1"]
     os.kill(first, signal.SIGKILL)
     await wait_until(lambda: supervisor.pids().get("worker-1", first) != first, "a new pid")
-    assert f"worker-1 died (signal 9); restarted as pid {supervisor.pids()['worker-1']}" in said
+    told = f"worker-1 died (signal 9); restarted as pid {supervisor.pids()['worker-1']}"
+    await wait_until(lambda: told in said, "it says so")
 
 
 async def test_a_guarded_part_goes_by_its_programs_pid_and_is_restarted_too(supervisor: Supervisor, said: Said) -> None:
