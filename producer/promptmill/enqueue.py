@@ -31,6 +31,7 @@ from redis.retry import Retry
 
 from promptmill.addresses import kombu_address, kombu_tls
 from promptmill.queues import API_FAMILY, TASK_NAME, queues_of
+from promptmill.store.connection import reason
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ class Enqueuer:
             if foreign := foreign_queue(err):
                 logger.critical("messages wait: %s; %s", *foreign)
             elif self._retry_at is None:
-                logger.warning("broker unavailable, messages are left to the sweep: %s", err or type(err).__name__)
+                logger.warning("broker unavailable, messages are left to the sweep: %s", reason(err))
             self._retry_at = time.monotonic() + SKIP_S
             return None
         if self._retry_at is not None:

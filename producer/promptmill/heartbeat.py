@@ -15,7 +15,6 @@ from promptmill import keys
 from promptmill.queues import API_FAMILY
 from promptmill.store import Store
 from promptmill.store.connection import store_errors
-from promptmill.store.link import Command
 from promptmill.store.scripts import Script
 
 WorkerState = Literal["starting", "ready", "draining", "quarantine"]
@@ -85,8 +84,9 @@ async def beat(store: Store, worker: str, count: int, state: WorkerState, every_
     data = orjson.dumps({"n": count, "state": state, "every": every_s, **facts})
     args = (worker, data, int(keys.WORKERS_TTL.total_seconds()))
     with store_errors(store.address):
-        beaten: Command = ("EVAL", _BEAT.source, 1, keys.WORKERS, *args)
-        await store.ask([beaten, ("EXPIRE", keys.claims(worker), int(keys.INDEX_TTL.total_seconds()))])
+        await store.wire.call("EVAL", _BEAT.source, 1, keys.WORKERS, *args)
+        # Told and not asked: on a cluster another node has it, whose silence would keep the next heartbeat back.
+        store.wire.tell([("EXPIRE", keys.claims(worker), int(keys.INDEX_TTL.total_seconds()))])
 
 
 async def leave(store: Store, worker: str) -> None:

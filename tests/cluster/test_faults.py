@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import signal
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
+from redis.crc import key_slot
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from promptmill import AsyncProducer, JobHandle, keys
 from promptmill.contract import Event, Progress, Restart
 from promptmill.doctor.stores import check_store
 from promptmill.errors import StoreUnavailable
+from promptmill.heartbeat import beat, read_beats
 from promptmill.settings import Settings, load_settings
 from promptmill.settings.parts import Durability
 from promptmill.store import Store
@@ -32,9 +35,10 @@ ON_DISK = ("--appendonly", "yes")
 class Mill:
     """A worker and a gateway on a cluster, and jobs that stream while something happens to it."""
 
-    def __init__(self, cluster: RedisCluster, producer: AsyncProducer, port: int) -> None:
+    def __init__(self, cluster: RedisCluster, producer: AsyncProducer, worker: str, port: int) -> None:
         self.cluster = cluster
         self.producer = producer
+        self.worker = worker
         self._port = port
         self.jobs: list[JobHandle] = []
         self._readings: list[asyncio.Task[list[Event]]] = []
@@ -59,17 +63,19 @@ class Mill:
 
 
 @asynccontextmanager
-async def mill_on(cluster: RedisCluster, broker: str, directory: Path) -> AsyncGenerator[Mill]:
+async def mill_on(
+    cluster: RedisCluster, broker: str, directory: Path, *, dead_after_s: float = 20.0
+) -> AsyncGenerator[Mill]:
     path = directory / "promptmill.toml"
     # Nobody is given up while a cluster makes up its mind.
-    quick = QUICK.replace("dead_after_s = 3.0", "dead_after_s = 20.0")
+    quick = QUICK.replace("dead_after_s = 3.0", f"dead_after_s = {dead_after_s}")
     path.write_text(f'redis_url = "{cluster.url}"\nbroker_url = "{broker}"\n{quick}{MODELS}')
     async with AsyncProducer(load_settings(path)) as producer, AsyncExitStack() as stack:
         worker = stack.enter_context(worker_process(path))
         gateway = stack.enter_context(server_process("promptmill_gateway", path))
-        await worker.ready(cluster.url)
+        worker_id = await worker.ready(cluster.url)
         await gateway.until_ready(200)
-        yield Mill(cluster, producer, gateway.port)
+        yield Mill(cluster, producer, worker_id, gateway.port)
 
 
 async def test_slots_that_move_while_their_jobs_stream_lose_no_token(tmp_path: Path, store_server: StoreServer) -> None:
@@ -114,6 +120,36 @@ async def test_a_primary_whose_replica_takes_over_costs_time_and_no_token(
             await asyncio.to_thread(until, lambda: _owner(cluster, key) not in (None, dead), "the replica took over")
             cluster.primaries.append(cluster.owner(key))
             await mill.end()
+
+
+async def test_a_primary_that_falls_silent_costs_time_and_nobody_is_given_up(
+    tmp_path: Path, store_server: StoreServer
+) -> None:
+    """As when its machine vanishes: nothing is refused, and for ten seconds whoever asks it waits."""
+    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+        async with mill_on(cluster, store_server.empty_database(), tmp_path, dead_after_s=5.0) as mill:
+            key, beats = keys.claims(mill.worker), cluster.owner(keys.WORKERS)
+            silent = next(node for node in cluster.primaries if node is not beats)
+            if cluster.owner(key) is not silent:
+                await asyncio.to_thread(cluster.move, key, silent)
+            await mill.begin(9)
+            with falling_silent(cluster, silent):
+                await asyncio.to_thread(until, lambda: _owner(cluster, key) is not None, "the replica took over")
+                cluster.primaries.append(cluster.owner(key))
+                await mill.end()
+
+
+@contextmanager
+def falling_silent(cluster: RedisCluster, node: ClusterNode) -> Generator[None]:
+    """A node of which nothing is heard any more. It is not one of the cluster's in the block and behind it."""
+    assert node.process is not None
+    cluster.nodes.remove(node)
+    cluster.primaries.remove(node)
+    node.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        node.kill()
 
 
 def _owner(cluster: RedisCluster, key: str) -> ClusterNode | None:
@@ -171,6 +207,71 @@ async def test_a_script_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(
             await asyncio.to_thread(cluster.move, keys.record(job.id), to, between=begin)
             epochs = {getattr(claimed, "epoch", claimed) for claimed in await asyncio.gather(*claims)}
             assert len(epochs) == 1, "the same token has the same claim"
+
+
+async def test_who_connects_to_a_node_that_leaves_the_cluster_is_not_cancelled(tmp_path: Path) -> None:
+    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+        store = await Store.connect(cluster.url)
+        try:
+            slot, key = key_slot(b"x"), "x"
+            node = await store.cluster.node_of(slot)  # type: ignore[union-attr]
+            with falling_silent(cluster, cluster.owner(key)):
+                await node.wire.aclose()
+                connecting = asyncio.create_task(store.wire.call("GET", key))
+                await asyncio.to_thread(until, lambda: _owner(cluster, key) is not None, "the replica took over")
+
+                def known() -> bool:
+                    store.cluster.suspect()  # type: ignore[union-attr]
+                    return store.cluster.owner(slot) is not node  # type: ignore[union-attr]
+
+                await wait_until(known, "the store knows it")
+                with pytest.raises((RedisConnectionError, OSError)):
+                    await connecting
+                assert await store.wire.call("GET", key) is None
+        finally:
+            await store.aclose()
+
+
+async def test_a_heartbeat_waits_for_no_other_node_than_its_own(tmp_path: Path) -> None:
+    with running_cluster(tmp_path / "cluster") as cluster:
+        store = await Store.connect(cluster.url)
+        try:
+            beats = cluster.owner(keys.WORKERS)
+            workers = (f"worker-{n}" for n in range(1000))
+            worker = next(name for name in workers if cluster.owner(keys.claims(name)) is not beats)
+            await beat(store, worker, 1, "ready", 1.0)
+            with falling_silent(cluster, cluster.owner(keys.claims(worker))):
+                await beat(store, worker, 2, "ready", 1.0)
+                assert [b.count for b in (await read_beats(store))[0]] == [2]
+        finally:
+            await store.aclose()
+
+
+async def test_what_a_moving_slot_holds_up_is_not_sent_on_another_connection(tmp_path: Path) -> None:
+    with running_cluster(tmp_path / "cluster") as cluster:
+        store = await Store.connect(cluster.url)
+        try:
+            one, two = "pm:{x}:one", "pm:{x}:two"
+            for name in (one, two):
+                await store.wire.call("SET", name, "old", "PX", 60_000)
+            slot, source = key_slot(b"x"), cluster.owner(one)
+            to = next(node for node in cluster.primaries if node is not source)
+            to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
+            source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", to.id)
+            source.ask("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", one)
+            serial = await store.wire.connected()
+            both = ("EVAL", "return redis.call('MSET', KEYS[1], 'new', KEYS[2], 'new')", 2, one, two)
+            asked = asyncio.create_task(store.wire.many_on(serial, [both]))
+            await wait_until(lambda: "errorstat_TRYAGAIN" in source.ask("INFO", "ERRORSTATS"), "it has to try again")
+            source.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await wait_until(lambda: store.wire.serial == 0, "the connection is lost")
+            source.ask("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", two)
+            with pytest.raises(RedisConnectionError, match="lost"):
+                await asked
+            to.ask("CLUSTER", "SETSLOT", slot, "NODE", to.id)
+            assert await store.wire.call("GET", one) == b"old", "the server may have lost what stood before it"
+        finally:
+            await store.aclose()
 
 
 async def test_an_append_on_connections_that_were_lost_is_refused(store: Store) -> None:

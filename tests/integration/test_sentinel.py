@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+import socket
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from promptmill.doctor.stores import check_broker, check_store
 from promptmill.errors import StoreUnavailable
 from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
+from promptmill.store.connection import open_redis
+from promptmill.store.wire import Wire
 from tests.support.processes import wait_until
 from tests.support.sentinel import watched_store
 from tests.support.server import server_process
@@ -65,5 +68,20 @@ async def test_doctor_names_the_service_and_no_password(tmp_path: Path) -> None:
 
 async def test_a_service_that_no_sentinel_knows_is_unavailable() -> None:
     with pytest.raises(StoreUnavailable, match=r"nobody of Sentinel 127\.0\.0\.1:1") as failed:
-        await Store.connect("redis+sentinel://:secret@127.0.0.1:1/nobody/0")
+        await Store.connect("redis+sentinel://:secret@127.0.0.1:1/nobody/0?sentinel_password=secret")
     assert "secret" not in str(failed.value)
+    assert str(failed.value).endswith("No master found for 'nobody' (not all Sentinels answer)")
+
+
+async def test_sentinels_that_are_silent_are_passed_over(tmp_path: Path) -> None:
+    with watched_store(tmp_path / "store") as watched, ExitStack() as stack:
+        # Connected to by the kernel, and never answered.
+        mute = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
+        names = "".join(f"127.0.0.1:{port}," for port in mute)
+        redis = open_redis(watched.url.replace("127.0.0.1:1,", names))
+        wire = Wire(redis)
+        try:
+            assert await wire.call("PING") == b"PONG"
+        finally:
+            await wire.aclose()
+            await redis.aclose()

@@ -17,17 +17,25 @@ from redis.crc import key_slot
 
 from promptmill.up.embedded import free_port
 from tests.support.processes import PATIENCE_S
-from tests.support.store import store_program
+from tests.support.store import redis_program, store_program
+from tests.support.tls import Certificate
 
 SLOTS: Final = 16384
 _BUS: Final = 10_000
 
 
 class ClusterNode:
-    """One server of it, which a test may kill and start again."""
+    """One server of it, which a test may kill and start again.
 
-    def __init__(self, directory: Path, program: str, options: tuple[str, ...]) -> None:
+    With a certificate it speaks TLS to the others and to clients; ``port`` without is then for the test alone.
+    """
+
+    def __init__(
+        self, directory: Path, program: str, options: tuple[str, ...], certificate: Certificate | None = None
+    ) -> None:
         self.port = _free_ports()
+        self.client_port = self.port if certificate is None else _free_ports()
+        self._tls = [] if certificate is None else [*certificate.options(self.client_port), "--tls-cluster", "yes"]
         self.directory = directory
         self._program = program
         self._options = options
@@ -36,7 +44,7 @@ class ClusterNode:
 
     @property
     def name(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"127.0.0.1:{self.client_port}"
 
     def client(self) -> Any:
         return redis.Redis(port=self.port, socket_timeout=10)
@@ -55,7 +63,7 @@ class ClusterNode:
         command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
         command += ["--save", "", "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"]
         self.process = subprocess.Popen(
-            [*command, *self._options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, *self._options, *self._tls], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while True:
             assert self.process.poll() is None, "a node ended at its start"
@@ -82,16 +90,22 @@ class RedisCluster:
         primaries: int = 3,
         replicas: int = 0,
         options: tuple[str, ...] = ("--appendonly", "no"),
+        certificate: Certificate | None = None,
     ) -> None:
-        program = store_program()
-        self._given = (program, ("--cluster-node-timeout", "1000", *options))
-        self.nodes = [ClusterNode(directory / f"node-{n}", *self._given) for n in range(primaries * (1 + replicas))]
+        # The embedded store is built without TLS.
+        program = store_program() if certificate is None else redis_program()
+        given = (program, ("--cluster-node-timeout", "1000", *options), certificate)
+        self.nodes = [ClusterNode(directory / f"node-{n}", *given) for n in range(primaries * (1 + replicas))]
+        self._certificate = certificate
         self.primaries = self.nodes[:primaries]
         self.replicas = self.nodes[primaries:]
 
     @property
     def url(self) -> str:
-        return f"redis+cluster://{','.join(node.name for node in self.nodes)}"
+        names = ",".join(node.name for node in self.nodes)
+        if self._certificate is None:
+            return f"redis+cluster://{names}"
+        return f"rediss+cluster://{names}?{self._certificate.query}"
 
     def start(self) -> None:
         """Start all, form the cluster and wait until every node serves every slot."""
@@ -103,7 +117,7 @@ class RedisCluster:
             # Else all begin with the same epoch, and settle that among themselves for seconds.
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
         for node in self.nodes[1:]:
-            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+            node.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].client_port)
         until(lambda: all(len(_lines(node)) == len(self.nodes) for node in self.nodes), "all nodes know each other")
         for n, node in enumerate(self.replicas):
             node.ask("CLUSTER", "REPLICATE", self.primaries[n % len(self.primaries)].id)
@@ -138,7 +152,7 @@ class RedisCluster:
         between()
         with source.client() as client:
             while names := client.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1):
-                client.execute_command("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *names)
+                client.execute_command("MIGRATE", "127.0.0.1", to.client_port, "", 0, 5000, "KEYS", *names)
                 between()
         for node in (to, source, *(n for n in self.primaries if n not in (to, source))):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", to.id)

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,10 +85,12 @@ class StoreServer:
 
 
 @contextmanager
-def running_store(directory: Path, *, append_only: bool = True, program: str | None = None) -> Generator[StoreServer]:
+def running_store(
+    directory: Path, *, append_only: bool = True, program: str | None = None, options: Sequence[str] = ()
+) -> Generator[StoreServer]:
     """A store that ends with the block."""
     server = StoreServer(directory, append_only=append_only, program=program)
-    server.start()
+    server.start(*options)
     try:
         yield server
     finally:

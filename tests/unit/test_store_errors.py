@@ -1,14 +1,17 @@
-"""A cancellation is never lost on the way through a store call."""
+"""What goes wrong in a store call, and on the way to it, is told as it is; and a cancellation is never lost."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
+from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.sentinel import MasterNotFoundError
 
-from promptmill.errors import StoreUnavailable
-from promptmill.store.connection import check_server, store_errors
+from promptmill.errors import ConfigError, StoreUnavailable
+from promptmill.store import Store
+from promptmill.store.connection import check_server, reason, store_errors
 
 
 async def swallowing(fails: bool) -> None:
@@ -71,3 +74,29 @@ async def test_a_server_that_is_too_old_is_refused_with_what_is_needed(version: 
 @pytest.mark.parametrize("version", ["7.0.0", "7.2.4", "8.0", "10.1.2"])
 async def test_a_server_that_is_new_enough_passes(version: str) -> None:
     assert (await check_server(OldServer(version), "somewhere:6379"))["redis_version"] == version  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:s3cret@h/0?tineout=1",
+        "unix:///s?tineout=1",
+        "redis+cluster://:s3cret@h?tineout=1",
+        "redis+sentinel://:s3cret@h/m?tineout=1",
+    ],
+)
+async def test_an_option_that_nobody_knows_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match="knows no option 'tineout'") as caught:
+        await Store.connect(url)
+    assert caught.value.field == "redis_url"
+    assert "s3cret" not in str(caught.value)
+
+
+def test_of_a_failed_search_for_the_primary_only_the_outcome_is_told() -> None:
+    shown = "<redis.client.Redis(<redis.connection.ConnectionPool(<redis.connection.Connection(password=s3cret)>)>)>"
+    found = f"No master found for 'm' : {shown} - ConnectionError()"
+    # kombu makes an error of its own of it.
+    for err in (MasterNotFoundError(found), OperationalError(found)):
+        assert reason(err) == "No master found for 'm' (not all Sentinels answer)"
+    assert reason(MasterNotFoundError("No master found for 'm'")) == "No master found for 'm'"
+    assert reason(TimeoutError()) == "TimeoutError"

@@ -107,6 +107,7 @@ class Engine:
             asyncio.create_task(engine._heart(), name="heartbeat"),
             asyncio.create_task(engine._follow_registry(), name="registry"),
             asyncio.create_task(engine.claims.follow(), name="control"),
+            asyncio.create_task(engine._keep_verifying(), name="claims"),
             asyncio.create_task(engine.runner.traffic.run(), name="traffic"),
         ]
         if not alone:
@@ -200,8 +201,12 @@ class Engine:
         while True:
             await asyncio.sleep(self.settings.heartbeat_s)
             await self._beat_now()
-            if self._count % _VERIFY_EVERY_BEATS == 0:
-                await self.claims.verify()
+
+    async def _keep_verifying(self) -> None:
+        """Beside the heartbeat, as the registry: the jobs of a cluster's silent node would keep it back."""
+        while True:
+            await asyncio.sleep(_VERIFY_EVERY_BEATS * self.settings.heartbeat_s)
+            await self.claims.verify()
 
     async def _beat_now(self) -> None:
         try:

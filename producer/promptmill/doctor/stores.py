@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from promptmill.addresses import kind_of, where
+from promptmill.addresses import kind_of, kombu_tls, where
 from promptmill.client import AsyncProducer
 from promptmill.doctor.report import Check
 from promptmill.errors import PromptmillError
@@ -178,7 +178,8 @@ def _look_at_broker(url: str, address: str, families: list[str]) -> Check:
 
     connection: Any
     address_of, options = broker_address(url)
-    with Connection(address_of, connect_timeout=_BROKER_S, transport_options=options) as connection:
+    tls: Any = kombu_tls(url) or False
+    with Connection(address_of, connect_timeout=_BROKER_S, transport_options=options, ssl=tls) as connection:
         connection.ensure_connection(max_retries=1, timeout=_BROKER_S)
         if not is_amqp(url):
             return Check("reachable", "broker", "ok", address)

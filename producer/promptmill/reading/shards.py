@@ -101,6 +101,7 @@ class Shards:
         """Close the connections."""
         if self._started:
             self._cluster.changed.remove(self._move_soon)
+            self._started = False
         if self._moving is not None:
             self._moving.cancel()
         for subscriber in self._by_node.values():

@@ -22,7 +22,7 @@ from promptmill.addresses import Address, read_address, where
 from promptmill.errors import ConfigError, StoreUnavailable
 from promptmill.store.connection import check_server, open_redis, reason, store_errors, transport_closed
 from promptmill.store.slots import SLOTS
-from promptmill.store.wire import Wire
+from promptmill.store.wire import Wire, shared
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Cluster:
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh(), name="cluster map")
             self._refreshing.add_done_callback(self._refreshed)
-        await asyncio.shield(self._refreshing)
+        await shared(self._refreshing)
 
     def _refreshed(self, task: asyncio.Task[None]) -> None:
         self._refreshing = None

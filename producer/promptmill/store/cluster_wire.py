@@ -23,6 +23,7 @@ _PATIENCE_S: Final = 2.0
 """How long a command is repeated that was not executed because its slot is on the way to another node."""
 _PAUSE_MIN_S: Final = 0.005
 _PAUSE_MAX_S: Final = 0.1
+_CHANGED: Final = "a connection to the cluster was lost, or a slot got another owner"
 
 
 class ClusterWire:
@@ -90,7 +91,7 @@ class ClusterWire:
         Raises redis-py's ``ConnectionError`` where that changed: a node may have lost what it had acknowledged.
         """
         if not serial or self.serial != serial:
-            raise RedisConnectionError("a connection to the cluster was lost, or a slot got another owner")
+            raise RedisConnectionError(_CHANGED)
         replies: list[Any] = []
         for part in _parts(commands, 0):
             replies += await (self._everywhere(part[0]) if everywhere(part[0]) else self._spread(part, serial))
@@ -128,6 +129,8 @@ class ClusterWire:
         left: dict[int, Node | None] = dict.fromkeys(range(len(ready)))
         deadline, pause = asyncio.get_running_loop().time() + _PATIENCE_S, _PAUSE_MIN_S
         while True:
+            if serial is not None and self.serial != serial:
+                raise RedisConnectionError(_CHANGED)
             by_node: dict[Node, list[int]] = defaultdict(list)
             for i, target in left.items():
                 by_node[target or await self.cluster.node_of(slot_of(ready[i]))].append(i)

@@ -47,6 +47,9 @@ MIN_VERSION: Final = (7, 0)
 CONNECT_TIMEOUT_S: Final = 5.0
 COMMAND_TIMEOUT_S: Final = 10.0
 
+_FAILED_SENTINELS: Final = " : <redis."
+"""What redis-py puts between "No master found for …" and the clients of the Sentinels that it could not ask."""
+
 
 def open_redis(url: str, *, max_connections: int = 64, command_timeout_s: float | None = COMMAND_TIMEOUT_S) -> Redis:
     """A client that answers bytes and never retries by itself.
@@ -69,11 +72,25 @@ def open_redis(url: str, *, max_connections: int = 64, command_timeout_s: float 
     }
     try:
         if kind_of(url) == "sentinel":
-            return _behind_sentinel(read_address(url), given)
-        pool = ConnectionPool.from_url(url, **given)  # pyright: ignore[reportUnknownMemberType]
+            redis = _behind_sentinel(read_address(url), given)
+        else:
+            redis = Redis.from_pool(ConnectionPool.from_url(url, **given))  # pyright: ignore[reportUnknownMemberType]
+        _check_options(redis)
     except ValueError as err:
         raise ConfigError(f"redis_url: {err}", field="redis_url") from None
-    return Redis.from_pool(pool)
+    return redis
+
+
+def _check_options(redis: Any) -> None:
+    """Raise ValueError for an option that redis-py does not know, or not without TLS. Nothing is connected.
+
+    It would say so at the first connection, with an error that nobody takes for one of the address.
+    """
+    try:
+        redis.connection_pool.make_connection()
+    except TypeError as err:
+        name = str(err).rpartition("argument ")[2]
+        raise ValueError(f"redis-py knows no option {name} for such a connection (ssl_… belong to rediss://)") from None
 
 
 def open_cluster(url: str) -> RedisCluster:
@@ -95,6 +112,8 @@ def open_cluster(url: str) -> RedisCluster:
 
 def _behind_sentinel(address: Address, given: dict[str, Any]) -> Redis:
     """Every new connection asks the Sentinels, in turn, where the primary is by now."""
+    # One that is silent must leave time for all others and for the primary, else no attempt ever reaches them.
+    each_s = min(SENTINEL_S, CONNECT_TIMEOUT_S / (len(address.nodes) + 1))
     of_primary: dict[str, Any] = {**parse_url(address.url_of(*address.nodes[0])), **given}
     for name in ("host", "port", "connection_class"):
         of_primary.pop(name, None)
@@ -103,8 +122,8 @@ def _behind_sentinel(address: Address, given: dict[str, Any]) -> Redis:
         "username": address.sentinel_username,
         "password": address.sentinel_password,
         "ssl": address.tls,
-        "socket_connect_timeout": SENTINEL_S,
-        "socket_timeout": SENTINEL_S,
+        "socket_connect_timeout": each_s,
+        "socket_timeout": each_s,
         "retry": Retry(NoBackoff(), 0),
     }
     of_primary["connection_class"] = SentinelManagedSSLConnection if address.tls else SentinelManagedConnection
@@ -125,7 +144,11 @@ class _BehindSentinel(Redis):
 
 def reason(err: BaseException) -> str:
     """What an exception says, or its name where it says nothing, as timeouts do."""
-    return str(err) or type(err).__name__
+    said, _, failures = str(err).partition(_FAILED_SENTINELS)
+    if failures:
+        # Behind this redis-py shows each of the clients with all of its options; before 7.4 the password, too.
+        return f"{said} (not all Sentinels answer)"
+    return said or type(err).__name__
 
 
 def transport_closed(err: RuntimeError) -> bool:

@@ -130,8 +130,9 @@ class ClusterDurable:
     async def _each(self) -> list[Durable]:
         with store_errors(self._cluster.address):
             nodes = await self._cluster.primaries()
-        for node in [node for node in self._nodes if node not in nodes]:
-            await self._nodes.pop(node).aclose()
+        # Taken out before anything is waited for: others come by here meanwhile.
+        for durable in [self._nodes.pop(node) for node in [*self._nodes] if node not in nodes]:
+            await durable.aclose()
         for node in nodes:
             if node not in self._nodes:
                 mark = partial(self._cluster.a_key_on, node, keys.MARK)

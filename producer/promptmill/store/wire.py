@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
@@ -19,6 +19,20 @@ from promptmill.store.connection import COMMAND_TIMEOUT_S
 from promptmill.store.link import Command, Link
 
 _LOOK_S: Final = 1.0
+
+T = TypeVar("T")
+
+
+async def shared(task: asyncio.Task[T]) -> T:
+    """What a task brings that several wait for: one's cancellation is not everybody's.
+
+    Raises redis-py's ``ConnectionError`` where the task was cancelled, as those of a node that leaves its cluster are:
+    its cancellation would pass for the caller's own, and end whoever should try again.
+    """
+    await asyncio.wait([task])
+    if task.cancelled():
+        raise RedisConnectionError("the connection was closed")
+    return task.result()
 
 
 class Wire:
@@ -95,7 +109,7 @@ class Wire:
         if self._attempt is None:
             self._attempt = asyncio.create_task(self._open())
             self._attempt.add_done_callback(self._attempted)
-        return await asyncio.shield(self._attempt)
+        return await shared(self._attempt)
 
     def _attempted(self, attempt: asyncio.Task[_Queue]) -> None:
         self._attempt = None
