@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -240,7 +241,10 @@ class Stage:
 
     def worker(self) -> WorkerProcess:
         self._workers += 1
-        return self._stack.enter_context(worker_process(self.config, f"w{self._workers}"))
+        worker = self._stack.enter_context(worker_process(self.config, f"w{self._workers}"))
+        # One that meets a store which loads its data at its start ends, and nobody here starts it again.
+        asyncio.run(worker.ready(self.server.url))
+        return worker
 
     def asked(self) -> Counter[str]:
         return Counter(r.body["messages"][-1]["content"] for r in self.simulator.requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -155,6 +156,17 @@ async def test_neither_prompt_nor_secret_can_be_seen_while_the_program_runs(sim:
     assert "--include-partial-messages" in shown, "the program's own command line is to be among them"
     assert "planted" not in shown
     assert "sk-ant-of-the-worker" not in shown
+
+
+async def test_it_starts_no_ps_to_which_it_would_hand_the_key(
+    sim: ProgramSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ps").write_text(f"#!/bin/sh\nenv > {tmp_path}/inherited\n")
+    (tmp_path / "ps").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    async with leaving_none():
+        assert isinstance((await collect(real(sim, "sim:tokens=4"), call()))[-1], Finished)
+    assert not (tmp_path / "inherited").exists()
 
 
 async def test_a_request_reaches_the_api_with_all_its_fields(sim: ProgramSimulator) -> None:

@@ -93,7 +93,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
         assert worker.process.stdout
         worker.process.stdout.close()
         for process in processes_of(worker.tag):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was on its way out
+                process.kill()
 
 
 def escape_of(level: str) -> str:

@@ -46,6 +46,11 @@ _ENVIRONMENT: Final = {
     "CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1",
     "CLAUDE_CODE_MAX_RETRIES": "0",
     "DISABLE_AUTOUPDATER": "1",
+    # At its start it would look for editors with `ps`, which inherits the key; not where it believes to run in one.
+    # (Read in the program, 2.1.197.) Nor is it to connect to one, or to install anything there.
+    "FORCE_CODE_TERMINAL": "1",
+    "CLAUDE_CODE_AUTO_CONNECT_IDE": "0",
+    "CLAUDE_CODE_IDE_SKIP_AUTO_INSTALL": "1",
 }
 
 
