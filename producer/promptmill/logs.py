@@ -14,6 +14,7 @@ import orjson
 import structlog
 
 from promptmill.settings import Settings
+from promptmill.text import clean_text
 
 bound = structlog.contextvars.bound_contextvars
 """``with bound(job_id=…)``: every line that the block writes, and what it awaits, carries it."""
@@ -51,7 +52,11 @@ def _formatter(settings: Settings, process: str) -> logging.Formatter:
 
 
 def _json(event: dict[str, Any], **_options: Any) -> str:
-    return orjson.dumps(event, default=str).decode()
+    try:
+        return orjson.dumps(event, default=str).decode()
+    except TypeError:
+        # A file's name, for one, may hold what is no UTF-8; without this `logging` writes the call's bare arguments.
+        return orjson.dumps({name: clean_text(str(value)) for name, value in event.items()}).decode()
 
 
 def _for_people(_logger: Any, _method: str, event: dict[str, Any]) -> str:

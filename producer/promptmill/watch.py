@@ -236,7 +236,6 @@ class Watcher:
             seconds, micros = await wire.call("TIME")
             now_ms = int(seconds) * 1000 + int(micros) // 1000
         sent = 0
-        self.counted["sweeps"] += 1
         for _ in range(_ROUNDS_MAX):
             with store_errors(self._store.address):
                 due = await self._outbox("-inf", now_ms, _SWEEP_MAX)
@@ -249,6 +248,7 @@ class Watcher:
             for start in range(0, len(early), _SWEEP_MAX):
                 sent += await self._look_at(early[start : start + _SWEEP_MAX], now_ms)
             self._early = False
+        self.counted["sweeps"] += 1  # not before: one that fails each time looks after nobody
         await sweep_unbooked(self._store, self.registry, self._ledger_retention_s)
         return sent
 

@@ -40,7 +40,7 @@ def stream_rows(streams: StreamEndpoint, hub: Hub) -> Rows:
         ("sent_events", "Events that were written to readers.", counter, one(streams.events_sent)),
         (
             "log_reads",
-            "Reads of a job's log: each reader's first, and one after every gap.",
+            "Reads of a job's log: each reader's first, one after every gap, and one at each keepalive.",
             counter,
             one(counted["replays"]),
         ),

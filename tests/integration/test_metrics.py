@@ -14,17 +14,20 @@ import httpx
 import pytest
 
 from promptmill import AsyncProducer, JobCancelled, JobFailed, keys
-from promptmill.errors import ConfigError, PromptmillError
+from promptmill.enqueue import Enqueuer
+from promptmill.errors import ConfigError, PromptmillError, StoreUnavailable
 from promptmill.metrics import code_label, metrics_port
 from promptmill.settings import Settings, load_settings
 from promptmill.store import Store
 from promptmill.up.embedded import free_port
+from promptmill.watch import Watcher
 from promptmill_relay.server import measured
 from tests.support.docs import tables
 from tests.support.gateway import running_gateway, running_relay
 from tests.support.metrics import Figures, scrape
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.streams import follow_sse, wait_for_tokens
+from tests.support.sweeping import swept
 from tests.support.worker import QUICK, WorkerProcess, worker_process
 
 MODELS = """
@@ -114,6 +117,43 @@ async def test_a_worker_counts_jobs_attempts_tokens_cost_and_times(redis_url: st
     assert after.value("loop_lag_seconds_count") > 0
     assert after.value("unsent_bytes") == 0
     assert not [name for name, _, _ in after if name.endswith("_created")]
+
+
+async def test_what_an_alert_must_see_once_is_there_before_it_happens(redis_url: str, tmp_path: Path) -> None:
+    """A series that begins with 1 has no rise: the first crash of a model would go unseen."""
+    async with mill(redis_url, tmp_path) as it:
+        first = await scrape(it.port)
+    models = {"priced", "broken", "endless"}
+
+    def at_zero(name: str, key: str, value: str) -> set[str]:
+        return {
+            labels["model"]
+            for found, labels, count in first
+            if found == f"promptmill_{name}" and labels[key] == value and labels["backend"] == "echo" and count == 0
+        }
+
+    assert at_zero("jobs_total", "code", "crashed") >= models
+    assert at_zero("attempts_total", "outcome", "auth") >= models
+
+
+async def test_a_sweep_that_fails_is_none(store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the alert on sweeps stays quiet while nobody looks after what waits."""
+    enqueuer = Enqueuer(settings.queue_url)
+    try:
+        watcher = Watcher(store, settings, enqueuer)
+
+        async def refused(*_ids: object) -> None:
+            raise StoreUnavailable("a node is silent")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(watcher, "_outbox", refused)
+            with pytest.raises(StoreUnavailable):
+                await swept(watcher, store)
+        assert watcher.counted["sweeps"] == 0
+        await swept(watcher, store)
+        assert watcher.counted["sweeps"] == 1
+    finally:
+        await enqueuer.aclose()
 
 
 async def test_a_survivor_counts_the_dead_and_what_it_puts_back(redis_url: str, tmp_path: Path) -> None:

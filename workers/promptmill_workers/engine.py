@@ -22,6 +22,7 @@ from promptmill.usage import warm
 from promptmill.watch import Watcher
 from promptmill_workers.claims import Claims
 from promptmill_workers.feeding import Feeding
+from promptmill_workers.meters import from_zero
 from promptmill_workers.pace import Pace
 from promptmill_workers.programs import configure, prepare
 from promptmill_workers.quarantine import Quarantine
@@ -270,6 +271,7 @@ class Engine:
 
     async def _use_models(self) -> None:
         models = self.live.registry.models
+        from_zero(models, self.family)
         await self.runner.backends.use(models, self.family)
         # Now, in a thread: the first job must not stop the event loop for a second to load the table.
         await asyncio.to_thread(warm, [m for m in models.values() if m.worker_family == self.family])

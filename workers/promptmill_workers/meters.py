@@ -5,7 +5,7 @@ Only the event loop counts; the thread that serves the figures reads.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +29,7 @@ from promptmill_workers.outcomes import Outcome
 from promptmill_workers.programs.running import counted as programs
 
 if TYPE_CHECKING:
+    from promptmill.settings import ModelConfig
     from promptmill.store import Claimed
     from promptmill_workers.engine import Engine
 
@@ -66,6 +67,14 @@ for _why in ("taken", "handback"):
     _STOPS.labels(_why)  # from 0, so that an alert sees the first
 for _became in ("ended", "died", "broke", "not_started"):
     _ALONE.labels(_became)
+
+
+def from_zero(models: Mapping[str, ModelConfig], family: str) -> None:
+    """Begin the series of this family's models of which an alert must see the first event, or the first few."""
+    for name, model in models.items():
+        if model.worker_family == family:
+            JOBS.labels("failed", "crashed", name, model.type)
+            _ATTEMPTS.labels(name, model.type, "auth")
 
 
 def note_claim(claimed: Claimed | str) -> None:
