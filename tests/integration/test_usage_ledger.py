@@ -459,6 +459,31 @@ async def test_a_job_cancelled_between_two_attempts_is_booked_once_and_leaves_th
     assert (await sums(store, day, user)).attempts == 1
 
 
+@pytest.mark.parametrize("text", ["y" * 80, ""])
+async def test_a_later_attempt_of_a_claim_is_missed_by_nobody_where_it_was_cancelled_and_its_worker_is_dead(
+    store, claim, user, day, monkeypatch, text: str
+) -> None:
+    job_id, token = await claim(prompt="x" * 40)
+    epoch = (await store.find(job_id)).st["epoch"]
+    # As by a fallback: two attempts failed and were told, the third was under way.
+    for number in (1, 2):
+        await tell_asking(store, job_id, token, {"attempt": number, "model": "echo", "backend": "echo"})
+        await keep_try(store, job_id, a_try(token, day, number, outcome="cut"))
+    await tell_asking(store, job_id, token, {"attempt": 3, "model": "paid", "backend": "echo", "bytes_per_token": 4.0})
+    if text:
+        await store.run(scripts.APPEND, job_id, token, epoch, 2, Token(text=text).to_json())
+    await store.cancel(job_id, "enough", keys.new_token())
+    make_old(monkeypatch)
+    for _ in range(3):
+        await sweep_unbooked(store, REGISTRY, RETENTION_S)
+        await book(store, REGISTRY, RETENTION_S, [job_id])
+    assert not await is_unbooked(store, job_id)
+    assert (await sums(store, day, user)).attempts == 2
+    lost = (await entries(store, datetime.now(UTC).date().isoformat()))[f"{job_id}:{token[:8]}:lost"]
+    assert (lost["model"], lost["outcome"], lost["presumed"]) == ("paid", "cancelled", True)
+    assert (lost["in"], lost["out"]) == ((10, 20) if text else (0, 0))
+
+
 async def test_the_end_of_another_claim_does_not_take_a_late_attempt_with_it(store, claim, user, day) -> None:
     job_id, token = await claim()
     await store.requeue(job_id, claim=token, max_crashes=3)

@@ -161,9 +161,8 @@ async def test_kills_and_cancellations_lose_and_double_no_attempt(
         await wait_until(all_booked, "all is booked")
         entries = await ledger(store, user)
         requests = simulator.requests
-        # A few were killed before they were sent, and some after a whole answer. A call that a worker began for a job
-        # which had just been cancelled is told by that worker alone: killed first, it takes it along.
-        assert len(requests) - len(jobs[::6]) <= len(entries) <= len(requests) + len(jobs) // 5
+        # A few were killed before they were sent, and some after a whole answer.
+        assert len(requests) <= len(entries) <= len(requests) + len(jobs) // 5
         # An attempt that was killed before its first token counts as unsent.
         assert sum(e["in"] for e in entries.values()) == pytest.approx(sum(r.input_tokens for r in requests), rel=0.1)
         succeeded = [e for e in entries.values() if e["outcome"] == "succeeded"]

@@ -198,14 +198,17 @@ async def _complete(store: Store, record: Record) -> bool:
     finished = int(st["finished"])
     if time.time() * 1000 - finished < LATE_WAIT_MS:
         return False
-    if any(t.get("claim") == claim and t.get("attempt") == st["attempts"] for t in record.tries):
-        return True  # cancelled between two attempts, of which the first was told
     with store_errors(store.address):
-        raw: bytes | None = await store.wire.call("HGET", keys.record(record.job_id), "end")
-    end: dict[str, Any] = orjson.loads(raw) if raw else {}
+        fields = ("end", _asked_field(claim))
+        row: list[bytes | None] = await store.wire.call("HMGET", keys.record(record.job_id), *fields)
+    end, asked = (orjson.loads(raw or b"{}") for raw in row)
+    # The last that the claim began: repetitions and other models are attempts, too.
+    number = asked.get("attempt", st["attempts"])
+    if any(t.get("claim") == claim and t.get("attempt") == number for t in record.tries):
+        return True  # cancelled between two attempts, of which the first was told
     size = _UNTOLD_BYTES if end.get("untold") else len((end.get("text") or "").encode())
-    if size:
-        lost: Try = {"attempt": st["attempts"], "claim": claim, "outcome": record.state, "text_bytes": size}
+    if size or asked:
+        lost: Try = {"attempt": number, "claim": claim, "outcome": record.state, "text_bytes": size}
         lost |= {"ended_ms": finished, "day": day_of({"ended_ms": finished})}
         await add_late_try(store, record.job_id, lost)
         # It is in the record now, under a new score: the next look books it.
