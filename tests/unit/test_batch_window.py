@@ -119,6 +119,38 @@ def test_a_slot_is_left_to_messages_even_where_batch_jobs_may_hold_all() -> None
     assert only.pull(100) == 1
 
 
+def test_whoever_makes_room_for_messages_of_batch_jobs_is_told_so() -> None:
+    """Else they are not asked for while lines follow each other: the slots that are lent change no more."""
+    capacity = Capacity(5, "batch", 0.8)
+    capacity.lend(4)
+    assert capacity.pull(100) == 4
+    capacity.lend(2)
+    assert not capacity.has_room("batch"), "four still run"
+    assert capacity.pulled_done() is True
+    assert capacity.has_room("batch")
+    assert capacity.pulled_done() is False
+
+
+@given(
+    concurrency=st.integers(1, 6),
+    share=st.sampled_from([0.2, 0.5, 0.8, 1.0]),
+    acts=st.lists(st.tuples(st.sampled_from(["lend", "pull", "done", "batch", "now"]), st.integers(0, 6)), max_size=60),
+)
+def test_no_line_that_ends_makes_room_unsaid(concurrency: int, share: float, acts: list[tuple[str, int]]) -> None:
+    capacity = Capacity(concurrency, "batch", share)
+    for act, count in acts:
+        before = [capacity.has_room(queue) for queue in ("now", "batch")]
+        if act == "lend":
+            capacity.lend(count)
+        elif act == "pull":
+            capacity.pull(count)
+        elif act == "done":
+            said = capacity.pulled_done(min(count, capacity.pulled))
+            assert said == ([capacity.has_room(queue) for queue in ("now", "batch")] != before)
+        elif capacity.has_room(act):
+            capacity.take(act)
+
+
 def test_whoever_frees_the_last_slot_is_told_so() -> None:
     capacity = Capacity(3, "batch", 0.8)
     capacity.lend(2)

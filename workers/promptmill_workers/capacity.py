@@ -65,12 +65,18 @@ class Capacity:
             return new
 
     def pulled_done(self, count: int = 1) -> bool:
-        """Lines that were pulled are done with; True where no slot was free before."""
+        """Lines that were pulled are done with; True where a queue has room now that had none.
+
+        Also of batch jobs where slots are free: of fewer lent slots than before the lines that still run hold more.
+        """
         with self._lock:
-            was_full = self._total >= self.concurrency
+            before = self._rooms()
             self._pulled -= count
             self._total -= count
-            return was_full
+            return self._rooms() != before
+
+    def _rooms(self) -> tuple[bool, bool]:
+        return self._has_room(""), self._has_room(self._batch_queue)
 
     @property
     def pulled(self) -> int:

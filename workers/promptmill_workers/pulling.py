@@ -118,7 +118,8 @@ class Puller:
                 with store_errors(self._store.address):
                     taken = await self._store.wire.call("LPOP", keys.ready(self._queue), slots) or []
             finally:
-                capacity.pulled_done(slots - len(taken))
+                if capacity.pulled_done(slots - len(taken)):
+                    self._slots_changed()
             for raw in taken:
                 task = asyncio.create_task(self._serve_one(raw.decode(), capacity), name="line")
                 self._serving.add(task)
