@@ -8,7 +8,7 @@ who wait at the same moment share one mark.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
@@ -33,24 +33,36 @@ class Durable:
         self._name_of_mark = mark
         self._turn = asyncio.Lock()
         self._gathering: dict[Durability, asyncio.Task[None]] = {}
+        self._asking: dict[Durability, asyncio.Task[None]] = {}
         self._able: set[Durability] = set()
 
     async def check(self, level: Durability) -> None:
-        """Before anything is stored: raise StoreUnavailable where the server cannot confirm at all."""
-        if level == "server" or level in self._able:
-            return
-        with store_errors(self._address):
-            try:
-                # Waits for nothing: of a connection that wrote nothing all is confirmed.
-                await self._wire.call("WAITAOF", 1, 0, 1)
-            except ResponseError as err:
-                raise StoreUnavailable(
-                    f"durability = {level!r}: Redis at {self._address} cannot confirm what is on its disk ({err}); "
-                    "it must be 7.2 or newer, a primary, with appendonly yes. Nothing was stored",
-                    retryable=False,
-                    field="durability",
-                ) from err
+        """Before anything is stored: raise StoreUnavailable where the server cannot confirm at all.
+
+        It is asked once, however many come before it has answered, and again only where it said no.
+        """
+        if level != "server" and level not in self._able:
+            await _together(self._asking, level, self._ask)
+
+    async def _ask(self, level: Durability) -> None:
+        try:
+            with store_errors(self._address):
+                await self._try(level)
+        finally:
+            del self._asking[level]
         self._able.add(level)
+
+    async def _try(self, level: Durability) -> None:
+        try:
+            # Waits for nothing: of a connection that wrote nothing all is confirmed.
+            await self._wire.call("WAITAOF", 1, 0, 1)
+        except ResponseError as err:
+            raise StoreUnavailable(
+                f"durability = {level!r}: Redis at {self._address} cannot confirm what is on its disk ({err}); "
+                "it must be 7.2 or newer, a primary, with appendonly yes. Nothing was stored",
+                retryable=False,
+                field="durability",
+            ) from err
 
     async def confirm(self, level: Durability) -> None:
         """Return once all that was acknowledged before this call is on disks, as ``level`` says.
@@ -60,14 +72,8 @@ class Durable:
         StoreUnavailable
             It was not confirmed within 2 s. What was stored is stored, and may be lost with its machine.
         """
-        if level == "server":
-            return
-        mark = self._gathering.get(level)
-        if mark is None:
-            mark = self._gathering[level] = asyncio.create_task(self._mark(level), name="durable")
-            mark.add_done_callback(_told)
-        # Shielded: one caller's cancellation must not be everybody's.
-        await asyncio.shield(mark)
+        if level != "server":
+            await _together(self._gathering, level, self._mark)
 
     async def _mark(self, level: Durability) -> None:
         try:
@@ -98,7 +104,7 @@ class Durable:
     async def aclose(self) -> None:
         """Close the connection; who waits gets StoreUnavailable. Safe to repeat."""
         await self._wire.aclose()
-        await asyncio.gather(*self._gathering.values(), return_exceptions=True)
+        await asyncio.gather(*self._asking.values(), *self._gathering.values(), return_exceptions=True)
 
 
 class ClusterDurable:
@@ -144,9 +150,23 @@ class ClusterDurable:
         await asyncio.gather(*(durable.aclose() for durable in self._nodes.values()))
 
 
-def _told(mark: asyncio.Task[None]) -> None:
-    if not mark.cancelled():
-        mark.exception()  # raised to whoever waits; nobody may be left
+async def _together(
+    under_way: dict[Durability, asyncio.Task[None]],
+    level: Durability,
+    work: Callable[[Durability], Coroutine[Any, Any, None]],
+) -> None:
+    """Wait for the work of that level which is under way, or begin it; it leaves ``under_way`` by itself."""
+    task = under_way.get(level)
+    if task is None:
+        task = under_way[level] = asyncio.create_task(work(level), name="durable")
+        task.add_done_callback(_told)
+    # Shielded: one caller's cancellation must not be everybody's.
+    await asyncio.shield(task)
+
+
+def _told(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()  # raised to whoever waits; nobody may be left
 
 
 def _unconfirmed(why: str) -> StoreUnavailable:
