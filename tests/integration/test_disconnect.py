@@ -291,8 +291,7 @@ async def test_many_that_leave_at_once_are_all_seen_to_and_two_gateways_may_look
 
 async def test_who_leaves_while_redis_is_away_goes_on_record_when_it_is_back(tmp_path: Path) -> None:
     with running_store(tmp_path) as server:
-        # On the disk: where a sync takes long, the server puts off its writes, and a kill takes them along.
-        settings = Settings(redis_url=server.url, disconnect_grace_s=GRACE_S, durability="local")
+        settings = Settings(redis_url=server.url, disconnect_grace_s=GRACE_S)
         async with AsyncExitStack() as stack:
             store = await Store.connect(server.url)
             stack.push_async_callback(store.aclose)

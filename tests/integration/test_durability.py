@@ -14,7 +14,7 @@ import pytest
 import redis.asyncio
 
 from promptmill import AsyncProducer, keys
-from promptmill.contract import Progress, Restart, Timeouts, parse_request
+from promptmill.contract import Event, Progress, Restart, Timeouts, parse_request
 from promptmill.errors import StoreUnavailable
 from promptmill.settings import Settings
 from promptmill.settings.parts import Durability
@@ -29,6 +29,7 @@ from tests.support.worker import worker_process
 QUICK = "heartbeat_s = 0.4\ndead_after_s = 5.0\nkeepalive_s = 1\n"
 MODELS = '[models.slow]\ntype = "echo"\noptions = { tokens_per_s = 20 }\n'
 LONG = "word " * 80
+EACH_SECOND = ("--appendfsync", "everysec")
 
 
 @asynccontextmanager
@@ -66,7 +67,6 @@ async def test_a_local_submission_returns_once_it_is_on_the_disk(tmp_path: Path,
 async def test_what_no_disk_confirmed_is_said_and_exists_all_the_same(tmp_path: Path) -> None:
     with running_store(tmp_path) as server:
         async with client_of(server) as client, producer_of(server, "local") as producer:
-            await client.config_set("appendfsync", "no")
             with pytest.raises(StoreUnavailable) as caught:
                 await producer.submit("x", model="echo", idempotency_key="k")
             assert caught.value.retryable
@@ -80,7 +80,6 @@ async def test_what_no_disk_confirmed_is_said_and_exists_all_the_same(tmp_path: 
 async def test_by_default_nothing_is_waited_for(tmp_path: Path) -> None:
     with running_store(tmp_path) as server:
         async with client_of(server) as client, producer_of(server, "server") as producer:
-            await client.config_set("appendfsync", "no")
             await producer.submit("x", model="echo")
             assert not await client.exists(keys.MARK)
 
@@ -101,7 +100,6 @@ async def test_a_confirmation_that_takes_its_time_holds_nobody_else_up(
     monkeypatch.setattr(durable, "WAIT_S", 9.0)
     with running_store(tmp_path) as server:
         async with client_of(server) as client, producer_of(server, "local") as producer:
-            await client.config_set("appendfsync", "no")
             waiting = asyncio.create_task(producer.submit("x", model="echo"))
             await wait_until(lambda: blocked(client), "the confirmation is waited for")
             (job,) = (await producer.list()).jobs
@@ -118,7 +116,7 @@ async def blocked(client: Any) -> bool:
 
 
 async def test_all_who_wait_at_the_same_moment_share_one_confirmation(tmp_path: Path) -> None:
-    with running_store(tmp_path) as server:
+    with running_store(tmp_path, options=EACH_SECOND) as server:
         async with client_of(server) as client, producer_of(server, "local") as producer:
             await asyncio.gather(*(producer.submit("x", model="echo") for _ in range(200)))
             # Synced each second, so each mark but the first takes up to one: as many marks as the 200 took seconds.
@@ -153,7 +151,10 @@ async def test_a_replicas_disk_counts_and_a_failover_to_it_loses_nothing(tmp_pat
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    with running_store(first) as primary, running_store(second) as replica:
+    with (
+        running_store(first, options=EACH_SECOND) as primary,
+        running_store(second, options=EACH_SECOND) as replica,
+    ):
         async with client_of(replica) as there, producer_of(primary, "replica") as producer:
             with pytest.raises(StoreUnavailable, match="no replica"):
                 await producer.submit("x", model="echo")
@@ -192,18 +193,41 @@ class Forgetful:
         self.server = server
         self._directory = directory / "appendonlydir"
 
-    def mark(self) -> Callable[[], None]:
-        """A moment to fall back to; call what this answers to kill the store and start it as it was then."""
+    def mark(self) -> Callable[..., None]:
+        """A moment to fall back to; call what this answers, with options, to kill the store and start it as it was."""
         (file,) = self._directory.glob("*.incr.aof")
         size = file.stat().st_size
 
-        def fall_back() -> None:
+        def fall_back(*options: str) -> None:
             self.server.kill()
             with file.open("r+b") as opened:
                 opened.truncate(size)
-            self.server.start()
+            self.server.start(*options)
 
         return fall_back
+
+
+async def test_a_server_that_forgot_a_submission_does_not_confirm_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "WAIT_S", 9.0)
+    with running_store(tmp_path) as server:
+        async with client_of(server) as client, producer_of(server, "local") as producer:
+            first = asyncio.create_task(producer.submit("x", model="echo"))
+            await wait_until(lambda: blocked(client), "the first one's confirmation is waited for")
+            fall_back = Forgetful(server, tmp_path).mark()
+            second = asyncio.create_task(producer.submit("x", model="echo", idempotency_key="k"))
+
+            async def sent() -> bool:
+                return await client.llen("promptmill.api") == 2
+
+            await wait_until(sent, "the second one is stored, and waits for its turn")
+            await asyncio.to_thread(fall_back, *EACH_SECOND)
+            for submission in first, second:
+                with pytest.raises(StoreUnavailable, match="not known to be durable"):
+                    await submission
+            job = await producer.submit("x", model="echo", idempotency_key="k")
+            assert (await job.get()).state == "queued"
 
 
 @asynccontextmanager
@@ -274,17 +298,18 @@ async def test_an_attempt_that_the_store_forgot_is_void_for_those_who_saw_it(tmp
     async with forgetful(tmp_path, write_config) as (store, path, producer):
         job = await producer.submit(LONG, model="slow")
         fall_back = store.mark()
+        library, page = list[Event](), list[Event]()
         with worker_process(path) as worker, server_process("promptmill_gateway", path) as gateway:
             await worker.ready(store.server.url)
             await gateway.until_ready(200)
             async with asyncio.TaskGroup() as group:
-                library = group.create_task(collect(producer, job.id))
-                page = group.create_task(follow_sse(gateway.port, job.id))
-                await wait_for_tokens(producer, job.id, 10)
+                group.create_task(collect(producer, job.id, found=library))
+                group.create_task(follow_sse(gateway.port, job.id, found=page))
+                await wait_until(lambda: all(text_of(seen) for seen in (library, page)), "both saw some of it")
                 await asyncio.to_thread(fall_back)
-            for events in (library.result(), page.result()):
+            for events in (library, page):
                 assert [e for e in events if e.ends] == events[-1:]
-                assert events[-1].type == "done"
+                assert events[-1].type == "done", events[-1]
                 assert any(isinstance(e, Restart) for e in events)
                 assert text_of(events) == LONG
             fresh = await collect(producer, job.id)

@@ -59,10 +59,15 @@ def check_whole(events: Sequence[Event]) -> None:
         assert text_of(events) == end.text
 
 
-async def collect(producer: AsyncProducer, job_id: str, timeout_s: float = READ_S) -> list[Event]:
-    """All events of a job, through the library."""
+async def collect(
+    producer: AsyncProducer, job_id: str, timeout_s: float = READ_S, *, found: list[Event] | None = None
+) -> list[Event]:
+    """All events of a job, through the library; in ``found`` as they come."""
+    found = [] if found is None else found
     async with asyncio.timeout(timeout_s):
-        return [event async for event in producer.events(job_id)]
+        async for event in producer.events(job_id):
+            found.append(event)
+    return found
 
 
 async def wait_for_tokens(producer: AsyncProducer, job_id: str, count: int, timeout_s: float = 30) -> None:
@@ -75,9 +80,14 @@ async def wait_for_tokens(producer: AsyncProducer, job_id: str, count: int, time
                 return
 
 
-async def follow_sse(port: int, job_id: str, timeout_s: float = READ_S) -> list[Event]:
-    """All events of a job, over HTTP, as ``EventSource`` does it: it comes back from where it was, after any cut."""
-    parser, found = EventSourceParser(), list[Event]()
+async def follow_sse(
+    port: int, job_id: str, timeout_s: float = READ_S, *, found: list[Event] | None = None
+) -> list[Event]:
+    """All events of a job, over HTTP, as ``EventSource`` does it: it comes back from where it was, after any cut.
+
+    They are in ``found`` as they come.
+    """
+    parser, found = EventSourceParser(), [] if found is None else found
     async with asyncio.timeout(timeout_s), aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         while not (found and found[-1].ends):
             headers = {"Last-Event-ID": parser.last_event_id} if parser.last_event_id else {}

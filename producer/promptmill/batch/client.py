@@ -80,7 +80,7 @@ class BatchClient:
         head = self._complete(asked)
         stored = StoredHead(head, keys.new_token())
         store = await self._store()
-        await store.durable.check(self._settings.durability)
+        since = await store.durable.check(self._settings.durability)
         expires_ms, keep_ms = int((head.expires_s or 0) * 1000), int((head.retention_s or 0) * 1000)
         # The index first: a crash in between leaves a name that the feeder and the list drop.
         await self._index(store, batch_id, head.user, expires_ms + keep_ms)
@@ -91,7 +91,7 @@ class BatchClient:
             left = {"expires_s": asked.expires_s, "retention_s": asked.retention_s}
             if stored.head.model_copy(update={name: None for name, given in left.items() if given is None}) != asked:
                 raise IdempotencyConflict(f"there is another batch {batch_id}", field="id")
-        await store.durable.confirm(self._settings.durability)
+        await store.durable.confirm(self._settings.durability, since)
         self._know(batch_id, stored)
 
     def _complete(self, head: BatchHead) -> BatchHead:
@@ -159,12 +159,13 @@ class BatchClient:
         if total < 1:
             raise BadRequest("a batch needs at least one line", field="total")
         store = await self._store()
+        since = await store.durable.check(self._settings.durability)
         outcome, known = await run(store, scripts.SEAL, batch_id, total)
         if outcome == b"missing":
             raise no_batch(batch_id)
         if outcome == b"wrong":
             raise BadRequest(f"batch {batch_id} has {known} lines, not {total}", field="total")
-        await store.durable.confirm(self._settings.durability)
+        await store.durable.confirm(self._settings.durability, since)
         await self._tell(store, batch_id)
 
     async def _tell(self, store: Store, batch_id: str) -> None:

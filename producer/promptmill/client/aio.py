@@ -204,13 +204,13 @@ class AsyncProducer:
 
     async def _submit(self, requests: list[JobRequest], warnings: Mapping[str, str]) -> list[AsyncJob]:
         store = await self.store()
-        await store.durable.check(self.settings.durability)
+        since = await store.durable.check(self.settings.durability)
         submissions = [replace(await self._submission(store, r), note=warnings.get(r.user)) for r in requests]
         with submitting([s.job_id for s in submissions]) as traces:
             submissions = [replace(s, trace=trace) for s, trace in zip(submissions, traces, strict=True)]
             waiting = await store.submit(submissions)
             await self._sender().send([(s.job_id, s.queue) for s, w in zip(submissions, waiting, strict=True) if w])
-            await store.durable.confirm(self.settings.durability)
+            await store.durable.confirm(self.settings.durability, since)
         return [AsyncJob(self, s.job_id) for s in submissions]
 
     def _sender(self) -> Enqueuer:

@@ -3,14 +3,17 @@
 The server confirms what a connection wrote itself, and answers nothing else on that connection meanwhile. So this is a
 connection of its own: it writes a mark, which stands behind all that was acknowledged before, and waits for that. All
 who wait at the same moment share one mark.
+
+A server that was restarted, or took the place of one that vanished, confirms just as readily and may never have had
+what was acknowledged before. So the connection is opened before anything is stored, and confirms on that one only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, TypeVar
 
 from redis.exceptions import ResponseError
 
@@ -23,71 +26,91 @@ from promptmill.store.wire import Wire
 
 WAIT_S: Final = 2.0
 
+T = TypeVar("T")
+
+Since: TypeAlias = Mapping[str, int]
+"""The connection to each server at a moment. A server that is still asked on it has forgotten nothing since then."""
+
 
 class Durable:
     """Marks and their confirmations. One per server."""
 
     def __init__(self, redis: Any, address: str, mark: Callable[[], str] = lambda: keys.MARK) -> None:
+        self.address = address
         self._wire = Wire(redis)
-        self._address = address
         self._name_of_mark = mark
         self._turn = asyncio.Lock()
-        self._gathering: dict[Durability, asyncio.Task[None]] = {}
-        self._asking: dict[Durability, asyncio.Task[None]] = {}
-        self._able: set[Durability] = set()
+        self._asking: dict[Durability, asyncio.Task[int]] = {}
+        self._gathering: dict[Durability, asyncio.Task[int]] = {}
+        self._able: dict[Durability, int] = {}
 
-    async def check(self, level: Durability) -> None:
-        """Before anything is stored: raise StoreUnavailable where the server cannot confirm at all.
+    async def check(self, level: Durability) -> Since:
+        """Before anything is stored: what :meth:`confirm` must know.
 
-        It is asked once, however many come before it has answered, and again only where it said no.
-        """
-        if level != "server" and level not in self._able:
-            await _together(self._asking, level, self._ask)
-
-    async def _ask(self, level: Durability) -> None:
-        try:
-            with store_errors(self._address):
-                await self._try(level)
-        finally:
-            del self._asking[level]
-        self._able.add(level)
-
-    async def _try(self, level: Durability) -> None:
-        try:
-            # Waits for nothing: of a connection that wrote nothing all is confirmed.
-            await self._wire.call("WAITAOF", 1, 0, 1)
-        except ResponseError as err:
-            raise StoreUnavailable(
-                f"durability = {level!r}: Redis at {self._address} cannot confirm what is on its disk ({err}); "
-                "it must be 7.2 or newer, a primary, with appendonly yes. Nothing was stored",
-                retryable=False,
-                field="durability",
-            ) from err
-
-    async def confirm(self, level: Durability) -> None:
-        """Return once all that was acknowledged before this call is on disks, as ``level`` says.
+        The server is asked once on each connection, however many come before it has answered.
 
         Raises
         ------
         StoreUnavailable
-            It was not confirmed within 2 s. What was stored is stored, and may be lost with its machine.
+            It cannot confirm at all, or is not reached.
         """
-        if level != "server":
-            await _together(self._gathering, level, self._mark)
+        if level == "server":
+            return {}
+        able = self._able.get(level)
+        if able is None or able != self._wire.serial:
+            able = await _together(self._asking, level, self._ask)
+        return {self.address: able}
 
-    async def _mark(self, level: Durability) -> None:
+    async def _ask(self, level: Durability) -> int:
+        try:
+            with store_errors(self.address):
+                self._able[level] = serial = await self._try(level)
+        finally:
+            del self._asking[level]
+        return serial
+
+    async def _try(self, level: Durability) -> int:
+        serial = await self._wire.connected()
+        # Waits for nothing: of a connection that wrote nothing all is confirmed.
+        (reply,) = await self._wire.many_on(serial, [("WAITAOF", 1, 0, 1)])
+        if isinstance(reply, ResponseError):
+            raise StoreUnavailable(
+                f"durability = {level!r}: Redis at {self.address} cannot confirm what is on its disk ({reply}); "
+                "it must be 7.2 or newer, a primary, with appendonly yes. Nothing was stored",
+                retryable=False,
+                field="durability",
+            )
+        return serial
+
+    async def confirm(self, level: Durability, since: Since) -> None:
+        """Return once all that was acknowledged after that check and before this call is on disks, as ``level`` says.
+
+        Raises
+        ------
+        StoreUnavailable
+            It was not confirmed within 2 s: what was stored is stored, and may be lost with its machine. Or the server
+            was restarted meanwhile, or another took its place, which may confirm what it does not have.
+        """
+        if level == "server":
+            return
+        if await _together(self._gathering, level, self._mark) != since[self.address]:
+            raise _unconfirmed(f"the connection to Redis at {self.address} was lost meanwhile")
+
+    async def _mark(self, level: Durability) -> int:
         try:
             await self._turn.acquire()
         finally:
             # Whoever comes from here on may have written behind this mark.
             del self._gathering[level]
         try:
-            with store_errors(self._address):
-                replies = await self._wire.many(
+            with store_errors(self.address):
+                serial = await self._wire.connected()
+                replies = await self._wire.many_on(
+                    serial,
                     [
                         ("SET", self._name_of_mark(), "1", "PX", int(keys.MARK_TTL.total_seconds() * 1000)),
                         ("WAITAOF", 1, 1 if level == "replica" else 0, int(WAIT_S * 1000)),
-                    ]
+                    ],
                 )
                 for reply in replies:
                     if isinstance(reply, ResponseError):
@@ -99,7 +122,8 @@ class Durable:
         local, replicas = replies[1]
         if not local or (level == "replica" and not replicas):
             missing = "no replica" if local else "its disk"
-            raise _unconfirmed(f"Redis at {self._address} heard of {missing} within {WAIT_S:g} s")
+            raise _unconfirmed(f"Redis at {self.address} heard of {missing} within {WAIT_S:g} s")
+        return serial
 
     async def aclose(self) -> None:
         """Close the connection; who waits gets StoreUnavailable. Safe to repeat."""
@@ -114,21 +138,25 @@ class ClusterDurable:
         self._cluster = cluster
         self._nodes: dict[Node, Durable] = {}
 
-    async def check(self, level: Durability) -> None:
+    async def check(self, level: Durability) -> Since:
         """As :meth:`Durable.check`, for every primary."""
+        since: dict[str, int] = {}
         if level != "server":
             for durable in await self._each():
-                await durable.check(level)
+                since |= await durable.check(level)
+        return since
 
-    async def confirm(self, level: Durability) -> None:
-        """As :meth:`Durable.confirm`, on every primary."""
+    async def confirm(self, level: Durability, since: Since) -> None:
+        """As :meth:`Durable.confirm`, on every primary; they must be those of the check."""
         if level == "server":
             return
         try:
             each = await self._each()
         except StoreUnavailable as err:
             raise _unconfirmed(err.message) from err
-        outcomes = await asyncio.gather(*(durable.confirm(level) for durable in each), return_exceptions=True)
+        if {durable.address for durable in each} != set(since):
+            raise _unconfirmed(f"the primaries of the cluster at {self._cluster.address} changed meanwhile")
+        outcomes = await asyncio.gather(*(durable.confirm(level, since) for durable in each), return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -151,20 +179,20 @@ class ClusterDurable:
 
 
 async def _together(
-    under_way: dict[Durability, asyncio.Task[None]],
+    under_way: dict[Durability, asyncio.Task[T]],
     level: Durability,
-    work: Callable[[Durability], Coroutine[Any, Any, None]],
-) -> None:
+    work: Callable[[Durability], Coroutine[Any, Any, T]],
+) -> T:
     """Wait for the work of that level which is under way, or begin it; it leaves ``under_way`` by itself."""
     task = under_way.get(level)
     if task is None:
         task = under_way[level] = asyncio.create_task(work(level), name="durable")
         task.add_done_callback(_told)
     # Shielded: one caller's cancellation must not be everybody's.
-    await asyncio.shield(task)
+    return await asyncio.shield(task)
 
 
-def _told(task: asyncio.Task[None]) -> None:
+def _told(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()  # raised to whoever waits; nobody may be left
 
