@@ -18,7 +18,7 @@ from tests.support.processes import block_until
 from tests.support.simulator import SimulatorHandle, running_simulator
 from tests.support.store import StoreServer, running_store
 from tests.support.up import ENDED_S, PROMPTMILL, Up, environment, promptmill
-from tests.support.worker import QUICK, WorkerProcess, worker_process
+from tests.support.worker import WorkerProcess, worker_process
 
 Lines = list[dict[str, Any]]
 
@@ -233,7 +233,8 @@ class Stage:
         self.home, self.server, self.simulator, self._stack = home, server, simulator, stack
         self.config = home / "promptmill.toml"
         self.config.write_text(
-            f'redis_url = "{server.url}"\n{QUICK}concurrency = 50\n'
+            # A live worker must not look dead here, however busy the machine: its lines would be asked again, too.
+            f'redis_url = "{server.url}"\nheartbeat_s = 0.5\ndead_after_s = 15\nconcurrency = 50\n'
             f'[models.sim]\ntype = "local_openai"\napi_url = "{simulator.url}/v1"\n'
             'model_name = "sim:tokens=4,rate=20"\n'
         )
