@@ -266,10 +266,16 @@ async def _job(target: Target, plan: Plan, run: _Run, outcome: JobOutcome) -> No
 
 
 async def _watch(run: _Run, stall_s: float) -> None:
-    """Give up the open readers whenever nothing at all has happened for ``stall_s``."""
+    """Give up the open readers whenever nothing at all has happened for ``stall_s``.
+
+    What passes while this process itself stands still is no silence: its readers have had no turn.
+    """
+    seen_ns, silent_s = run.last_activity_ns, 0.0
     while True:
         await asyncio.sleep(TICK_S)
-        if time.monotonic_ns() - run.last_activity_ns > stall_s * 1e9:
+        silent_s = silent_s + TICK_S if run.last_activity_ns == seen_ns else 0.0
+        seen_ns = run.last_activity_ns
+        if silent_s >= stall_s:
             for ended in list(run.open_ends):
                 ended.cancel()
 

@@ -19,6 +19,7 @@ import contextlib
 import random
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
 _SLOW_S: Final = 0.03
@@ -36,6 +37,8 @@ class Proxy:
         self.target = (host, port)
         self.state = ""
         """The way in which it fails now; empty where everything passes."""
+        self.lasting: Callable[[float], Awaitable[object]] = asyncio.sleep
+        """What is waited for while it fails."""
         self._server: asyncio.Server | None = None
         self._one_at_a_time = asyncio.Lock()
 
@@ -65,7 +68,7 @@ class Proxy:
                 self._cut()
             if how != "cut":
                 self.state = how
-                await asyncio.sleep(lasts_s)
+                await self.lasting(lasts_s)
                 self.state = ""
             if how in {"torn", "mute"}:
                 self._cut()

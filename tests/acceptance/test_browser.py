@@ -88,7 +88,10 @@ class Site:
 
 
 class CuttingProxy:
-    """Passes bytes on, and cuts the connection on which ``marker`` passes first."""
+    """Passes bytes on, and cuts the connection on which ``marker`` would pass first.
+
+    Before it, and not behind the piece that holds it: to a browser that took long to start all comes in one piece.
+    """
 
     def __init__(self, port: int, marker: bytes) -> None:
         self._to = port
@@ -117,10 +120,11 @@ class CuttingProxy:
         try:
             passed = b""
             while data := await up_reader.read(65536):
-                writer.write(data)
-                await writer.drain()
                 passed += data
-                if not self.cuts and self._marker in passed:
+                behind = 0 if self.cuts or self._marker not in passed else len(passed) - passed.index(self._marker)
+                writer.write(data[: max(0, len(data) - behind)])
+                await writer.drain()
+                if behind:
                     self.cuts += 1
                     break
         except ConnectionError:

@@ -247,7 +247,13 @@ def test_each_end_is_shown_as_what_it_is(shown: Shown) -> None:
 def test_workers_are_named_and_known_to_be_there(shown: Shown) -> None:
     assert shown.worker_id.startswith("flowered@")
     assert online(shown) == [shown.worker_id]
-    (worker,) = shown.get("/api/workers?refresh=1").json().values()
+
+    def told() -> dict[str, Any] | None:
+        (worker,) = shown.get("/api/workers?refresh=1").json().values()
+        # What the worker answers too late is not in it.
+        return worker if {"active_queues", "stats", "registered"} <= worker.keys() else None
+
+    worker = block_until(told, "the worker answers all questions")
     assert [queue["name"] for queue in worker["active_queues"]] == ["promptmill.api", "promptmill.api.batch"]
     assert worker["stats"]["pool"]["max-concurrency"] == 1
     assert worker["registered"] == ["promptmill.complete"]

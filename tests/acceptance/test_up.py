@@ -243,6 +243,22 @@ def test_it_starts_at_once_on_the_data_of_one_that_was_killed(start_up: StartUp)
     assert not alive(first.about["pids"]["redis"])
 
 
+@pytest.mark.skipif(not ON_LINUX, reason="elsewhere one that ended and was not asked about looks alive")
+def test_it_waits_for_the_store_of_one_that_was_killed_and_that_nobody_has_asked_about_yet(start_up: StartUp) -> None:
+    first = start_up()
+    guard = psutil.Process(first.about["pids"]["redis"]).parent()
+    assert guard is not None
+    guard.suspend()
+    first.process.kill()
+    second = start_up(ready=False)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.process.wait(3)  # the store holds the data still
+    finally:
+        guard.resume()
+    second.wait_ready()
+
+
 @SHARED
 def test_a_second_one_on_the_same_data_is_refused_and_told_of_the_first(shared_up: Up) -> None:
     up = shared_up

@@ -94,7 +94,9 @@ class RedisCluster:
     ) -> None:
         # The embedded store is built without TLS.
         program = store_program() if certificate is None else redis_program()
-        given = (program, ("--cluster-node-timeout", "1000", *options), certificate)
+        # Short only where a replica is to take over: else a node that is stopped for a moment takes the cluster down.
+        timeout_ms = "1000" if replicas else "15000"
+        given = (program, ("--cluster-node-timeout", timeout_ms, *options), certificate)
         self.nodes = [ClusterNode(directory / f"node-{n}", *given) for n in range(primaries * (1 + replicas))]
         self._certificate = certificate
         self.primaries = self.nodes[:primaries]

@@ -56,6 +56,20 @@ async def said_back(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
         return await reader.readexactly(len(data))
 
 
+@asynccontextmanager
+async def failing(proxy: Proxy, how: str) -> AsyncGenerator[None]:
+    """The proxy fails as long as the block lasts: a time would be over too soon on a machine that pauses."""
+    over = asyncio.Event()
+    proxy.lasting = lambda _: over.wait()
+    task = asyncio.create_task(proxy.disturb(how, WAIT_S))
+    try:
+        await wait_until(lambda: proxy.state == how, f"it begins: {how}")
+        yield
+    finally:
+        over.set()
+        await task
+
+
 async def closed(reader: asyncio.StreamReader) -> bytes:
     """What comes until the connection ends, well or not."""
     got = b""
@@ -95,32 +109,33 @@ async def test_a_cut_ends_every_connection_and_the_next_one_works() -> None:
 async def test_what_is_torn_arrives_in_part() -> None:
     async with echoing() as (proxy, got), client(proxy) as (reader, writer):
         await said_back(reader, writer)
-        task = asyncio.create_task(proxy.disturb("torn", 0.5))
-        await asyncio.sleep(0)
-        writer.write(b"y" * 1000)
-        assert len(await closed(reader)) < 1000
-        await task
+        async with failing(proxy, "torn"):
+            writer.write(b"y" * 1000)
+            assert len(await closed(reader)) < 1000
         assert len(b"".join(got)) < 1005
 
 
 async def test_the_mute_hear_and_do_not_answer() -> None:
     async with echoing() as (proxy, got), client(proxy) as (reader, writer):
         await said_back(reader, writer)
-        task = asyncio.create_task(proxy.disturb("mute", 1.0))
-        await asyncio.sleep(0)
-        writer.write(b"again")
-        assert await closed(reader) == b""
-        await task
-        assert got == [b"hello", b"again"]
+        async with failing(proxy, "mute"):
+            writer.write(b"again")
+            await wait_until(lambda: got == [b"hello", b"again"], "it is heard")
+            ending = asyncio.create_task(closed(reader))
+            await asyncio.wait([ending], timeout=0.1)
+            assert not ending.done()
+        assert await ending == b""
 
 
 async def test_what_stalls_arrives_later_and_whole() -> None:
-    async with echoing() as (proxy, _), client(proxy) as (reader, writer):
+    async with echoing() as (proxy, got), client(proxy) as (reader, writer):
         await said_back(reader, writer)
-        task = asyncio.create_task(proxy.disturb("stall", 0.5))
-        await asyncio.sleep(0)
-        assert await said_back(reader, writer) == b"hello"
-        assert task.done()
+        async with failing(proxy, "stall"):
+            saying = asyncio.create_task(said_back(reader, writer, b"again"))
+            await asyncio.wait([saying], timeout=0.1)
+            assert got == [b"hello"]
+            assert not saying.done()
+        assert await saying == b"again"
 
 
 async def test_what_is_slow_arrives() -> None:
@@ -134,12 +149,10 @@ async def test_what_is_slow_arrives() -> None:
 async def test_who_is_refused_cannot_talk_until_it_is_over() -> None:
     async with echoing() as (proxy, got), client(proxy) as before:
         await said_back(*before)
-        task = asyncio.create_task(proxy.disturb("refuse", 0.5))
-        await asyncio.sleep(0)
-        assert await closed(before[0]) == b""
-        async with client(proxy) as (reader, _):
-            assert await closed(reader) == b""
-        await task
+        async with failing(proxy, "refuse"):
+            assert await closed(before[0]) == b""
+            async with client(proxy) as (reader, _):
+                assert await closed(reader) == b""
         async with client(proxy) as (reader, writer):
             assert await said_back(reader, writer, b"after") == b"after"
         assert got == [b"hello", b"after"]

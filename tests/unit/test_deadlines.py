@@ -41,11 +41,30 @@ async def test_a_stream_that_never_pauses_still_ends() -> None:
     assert caught.value.code == "timeout_total"
 
 
-async def test_touching_in_time_passes() -> None:
-    async with Deadlines(Timeouts(first_token_s=60, idle_s=1, total_s=60)) as deadlines:
-        for _ in range(6):
-            deadlines.touch()
-            await asyncio.sleep(0.2)
+class ScriptedLoop(asyncio.SelectorEventLoop):
+    """Its clock stands still unless a test moves it: a machine that pauses is not to look like a silent provider."""
+
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def test_touching_in_time_passes() -> None:
+    async def run(loop: ScriptedLoop, silent_s: float) -> None:
+        async with Deadlines(Timeouts(first_token_s=60, idle_s=1, total_s=60)) as deadlines:
+            for _ in range(6):
+                deadlines.touch()
+                loop.now += silent_s
+                for _ in range(3):
+                    await asyncio.sleep(0)  # what is due by then runs
+
+    with asyncio.Runner(loop_factory=ScriptedLoop) as runner:
+        loop = runner.get_loop()
+        assert isinstance(loop, ScriptedLoop)
+        runner.run(run(loop, 0.9))
+        with pytest.raises(BackendError, match="idle_s"):
+            runner.run(run(loop, 1.1))
 
 
 async def test_a_cancellation_from_elsewhere_stays_one() -> None:

@@ -198,22 +198,20 @@ async def test_a_schema_made_to_hang_ends_soon_and_holds_up_nobody(
 ) -> None:
     await check_schema(form(schema))
     monkeypatch.setattr(structured, "CHECK_S", 1.0)
-    loop = asyncio.get_running_loop()
-    longest = 0.0
+    turns = 0
 
     async def turn() -> None:
-        nonlocal longest
+        nonlocal turns
         while True:
-            before = loop.time()
             await asyncio.sleep(0.001)
-            longest = max(longest, loop.time() - before)
+            turns += 1
 
     turning = asyncio.create_task(turn())
     try:
         assert "takes longer than 1 s" in await wrong(answer, form(schema), "bad_request")
     finally:
         turning.cancel()
-    assert longest < 10, "checked here it would hang for ever"
+    assert turns > 0, "checked here nobody else would have a turn"
     assert checkers() == []
 
 

@@ -82,10 +82,10 @@ def events(broker: Broker, jobs: Jobs) -> Any:
 
 
 def test_without_a_listener_nothing_is_sent_and_nothing_runs(events: TaskEvents, broker: Broker) -> None:
-    threads = threading.active_count()
+    threads = set(threading.enumerate())  # others than ours may end meanwhile
     events.began(record("A"))
     events.ended("A", "succeeded", {"model": "sonnet"})
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     events.asked()
     block_until(lambda: broker.heard, "it says that it is there")
     assert broker.of("A") == []
@@ -121,8 +121,9 @@ def test_the_worker_itself_is_told_of_and_its_end(events: TaskEvents, broker: Br
     events.asked()
     block_until(lambda: [k for k, _ in broker.heard].count("worker-heartbeat") > 2, "it beats")
     events.stop()
-    kinds = [kind for kind, _ in broker.heard]
-    assert (kinds[0], kinds[-1]) == ("worker-online", "worker-offline")
+    # It is waited for a second at most, which a busy machine may take for less than that.
+    block_until(lambda: broker.heard[-1][0] == "worker-offline", "its end is told")
+    assert broker.heard[0][0] == "worker-online"
     assert broker.heard[0][1]["active"] == 3
     assert broker.heard[0][1]["processed"] == 40
     # Once it ends, nobody can have it begin again.
@@ -152,8 +153,8 @@ async def test_what_became_of_a_job_that_was_taken_away_is_looked_up(
     events.passed_over("last")
     await wait_until(lambda: "task-revoked" in broker.of("last"), "the last is told of")
     assert broker.of("last") == ["task-received", "task-revoked"]
-    behind = broker.heard[[fields.get("uuid") for _, fields in broker.heard].index("A") + 3 :]
-    found = [fields for kind, fields in behind if fields.get("uuid") == "A"]
+    # Behind its three of the claim; heartbeats may stand anywhere between them.
+    found = [fields for _, fields in broker.heard if fields.get("uuid") == "A"][3:]
     assert len(found) == (told is not None)
     if told is not None:
         assert told.items() <= found[0].items()
@@ -187,6 +188,11 @@ def test_who_listens_no_more_is_not_sent_to(events: TaskEvents, broker: Broker) 
     events.refused()
     events.began(record("A"))
     events.asked()
-    events.began(record("B"))
-    block_until(lambda: broker.of("B"), "who asks again is told")
+
+    def told() -> bool:
+        # Again: who asks while the thread ends for lack of a listener misses what is told just then.
+        events.began(record("B"))
+        return bool(broker.of("B"))
+
+    block_until(told, "who asks again is told")
     assert broker.of("A") == []

@@ -20,10 +20,11 @@ def test_only_the_first_decides() -> None:
 
 
 async def test_a_loop_that_has_not_turned_for_long_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)  # a machine that pauses here is no loop that stands still
     turning = Turning()
     turning.start()
     assert not turning.stands_still
-    now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
     found: list[bool] = []
     turning.found = lambda: found.append(True)
