@@ -20,7 +20,7 @@ from promptmill.heartbeat import beat, read_beats
 from promptmill.settings import Settings, load_settings
 from promptmill.settings.parts import Durability
 from promptmill.store import Store
-from tests.support.cluster import ClusterNode, RedisCluster, keys_without_ttl, running_cluster, until
+from tests.support.cluster import FAILOVER_MS, ClusterNode, RedisCluster, keys_without_ttl, running_cluster, until
 from tests.support.processes import wait_until
 from tests.support.server import server_process
 from tests.support.store import StoreServer, cut_subscribers
@@ -95,7 +95,8 @@ async def test_slots_that_move_while_their_jobs_stream_lose_no_token(tmp_path: P
 async def test_a_node_that_is_killed_and_comes_back_costs_time_and_no_token(
     tmp_path: Path, store_server: StoreServer
 ) -> None:
-    with running_cluster(tmp_path / "cluster", options=ON_DISK) as cluster:
+    # The others soon say that the cluster is down; where there is no replica, nobody takes over from one that is slow.
+    with running_cluster(tmp_path / "cluster", options=ON_DISK, node_timeout_ms=1000) as cluster:
         async with mill_on(cluster, store_server.empty_database(), tmp_path) as mill:
             await mill.begin(9)
             node = cluster.owner(keys.record(mill.jobs[0].id))
@@ -109,7 +110,7 @@ async def test_a_node_that_is_killed_and_comes_back_costs_time_and_no_token(
 async def test_a_primary_whose_replica_takes_over_costs_time_and_no_token(
     tmp_path: Path, store_server: StoreServer
 ) -> None:
-    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+    with running_cluster(tmp_path / "cluster", replicas=1, node_timeout_ms=FAILOVER_MS) as cluster:
         async with mill_on(cluster, store_server.empty_database(), tmp_path) as mill:
             await mill.begin(9)
             key = keys.record(mill.jobs[0].id)
@@ -126,7 +127,7 @@ async def test_a_primary_that_falls_silent_costs_time_and_nobody_is_given_up(
     tmp_path: Path, store_server: StoreServer
 ) -> None:
     """As when its machine vanishes: nothing is refused, and for ten seconds whoever asks it waits."""
-    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+    with running_cluster(tmp_path / "cluster", replicas=1, node_timeout_ms=FAILOVER_MS) as cluster:
         async with mill_on(cluster, store_server.empty_database(), tmp_path, dead_after_s=5.0) as mill:
             key, beats = keys.claims(mill.worker), cluster.owner(keys.WORKERS)
             silent = next(node for node in cluster.primaries if node is not beats)
@@ -210,7 +211,7 @@ async def test_a_script_whose_keys_are_on_two_nodes_waits_until_they_are_on_one(
 
 
 async def test_who_connects_to_a_node_that_leaves_the_cluster_is_not_cancelled(tmp_path: Path) -> None:
-    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+    with running_cluster(tmp_path / "cluster", replicas=1, node_timeout_ms=FAILOVER_MS) as cluster:
         store = await Store.connect(cluster.url)
         try:
             slot, key = key_slot(b"x"), "x"

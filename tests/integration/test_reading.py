@@ -207,7 +207,9 @@ async def test_a_silent_job_is_kept_alive(store: Store) -> None:
     quick = Hub(store, keepalive_s=0.1)
     job = await Job.start(store)
     reader = await quick.open(job.id)
-    first = await anext(reader)
+    # Until the store answers, however long it takes, there is silence as well.
+    while not (first := await anext(reader)):
+        continue
     assert len(first) == 2
     assert await anext(reader) == []
     assert await anext(reader) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -24,7 +23,8 @@ from promptmill.traffic import Admission, Rules, Traffic, wire
 from tests.support.processes import PATIENCE_S
 from tests.support.store import running_store
 
-QUICK = Rules(backoff_s=0.2, backoff_max_s=1.0, lease_s=2.4, renew_s=0.3, refresh_s=0.3, cut_every_s=0.2)
+QUICK = Rules(backoff_s=0.2, backoff_max_s=1.0, lease_s=60, renew_s=0.3, refresh_s=0.3, cut_every_s=600)
+"""No lease runs out, and no burst is over, because the machine holds the test up."""
 STEADY = replace(QUICK, backoff_s=30, backoff_max_s=60)
 """What broke stays broken until the test has seen it."""
 Fleet = Callable[..., Awaitable[list[Traffic]]]
@@ -99,6 +99,18 @@ async def fleet(redis_url: str) -> AsyncGenerator[Fleet]:
         yield start
 
 
+async def renewed(score: Callable[[], Awaitable[float]]) -> None:
+    """Until what says how long a lease lasts went up: by itself it only goes down, or stays."""
+    before = await score()
+
+    async def more() -> bool:
+        nonlocal before
+        seen, before = before, await score()
+        return before > seen
+
+    await until(more, "the lease is renewed")
+
+
 async def stop(task: asyncio.Task[None]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -115,18 +127,14 @@ async def test_a_healthy_model_without_limits_never_asks_redis(store: Store) -> 
         assert (await call(traffic, route())).granted
 
 
-async def test_a_cooldown_that_one_worker_learned_holds_for_all_within_a_tenth_of_a_second(fleet: Fleet) -> None:
-    first, second = await fleet(2)
-    delays: list[float] = []
-    while min(delays, default=1) >= 0.1 and len(delays) < 20:  # the machine may be busy; the fleet may not
-        to = route()
-        assert (await call(first, to, "rate_limited", retry_after_s=30)).granted
-        started = time.monotonic()
-        refused = await first.admit(to, "u", tokens=1)
-        assert (refused.granted, refused.reason) == (False, "cooldown")
-        await until(partial(refuses, second, to), "the other worker holds back too")
-        delays.append(time.monotonic() - started)
-    assert min(delays) < 0.1
+async def test_a_cooldown_that_one_worker_learned_is_told_to_all(fleet: Fleet) -> None:
+    # Nobody reads again: what the other one knows, it was told.
+    first, second = await fleet(2, rules=replace(QUICK, refresh_s=600))
+    to = route()
+    assert (await call(first, to, "rate_limited", retry_after_s=30)).granted
+    refused = await first.admit(to, "u", tokens=1)
+    assert (refused.granted, refused.reason) == (False, "cooldown")
+    await until(partial(refuses, second, to), "the other worker holds back too")
     refused = await second.admit(to, "u", tokens=1)
     assert 15 < refused.wait_s < 33
     assert (await second.admit(route(), "u", tokens=1)).granted, "another model is not concerned"
@@ -153,6 +161,7 @@ async def test_failures_in_a_row_open_the_breaker_for_all_and_successes_between_
         await call(first, mixed)
         await call(first, mixed)
     for traffic in (first, second):
+        await until(partial(refuses, traffic, to), "it knows")
         refused = await traffic.admit(to, "u", tokens=1)
         assert (refused.granted, refused.reason) == (False, "cooldown")
     # Ten of the last twenty is the other way to open it.
@@ -229,16 +238,26 @@ async def test_one_probe_of_fifty_is_let_through_and_its_success_closes_the_brea
     assert [c for c in await traffic.cooldowns() if c.name == to.name] == []
 
 
-async def test_a_probe_that_fails_doubles_the_wait(fleet: Fleet) -> None:
+async def clock_us(store: Store) -> int:
+    """Redis's."""
+    seconds, micros = await store.redis.time()
+    return seconds * 1_000_000 + micros
+
+
+async def test_a_probe_that_fails_doubles_the_wait(fleet: Fleet, store: Store) -> None:
     workers = await fleet(2, rules=replace(QUICK, backoff_s=0.5, backoff_max_s=3.0))
     to = route()
     await opened(workers[0], to, workers)
     for before_s, now_s in ((0.5, 1.0), (1.0, 2.0), (2.0, 3.0)):
         traffic, probe = await probe_of(workers, to, 10)
+        before_us = await clock_us(store)
         await end(traffic, probe, "overloaded")
+        after_us = await clock_us(store)
         (cooldown,) = [c for c in await traffic.cooldowns() if c.name == to.name]
-        assert cooldown.state == "open"
-        assert before_s < cooldown.for_s <= now_s
+        assert cooldown.state in {"open", "half-open"}
+        until_us = int(await store.redis.hget(keys.traffic(f"model:{to.name}", "health"), "until"))
+        # At a moment between the two, which may be far apart where the machine held one of us up.
+        assert before_us + before_s * 1e6 < until_us <= after_us + now_s * 1e6
 
 
 async def test_who_may_not_probe_waits_and_a_probe_that_says_nothing_leaves_it_to_the_next(fleet: Fleet) -> None:
@@ -251,21 +270,19 @@ async def test_who_may_not_probe_waits_and_a_probe_that_says_nothing_leaves_it_t
     await probe_of(workers, to, 10)
 
 
-async def test_the_probe_of_a_dead_worker_is_somebody_elses_in_the_end(fleet: Fleet) -> None:
+async def test_the_probe_of_a_dead_worker_is_somebody_elses_in_the_end(fleet: Fleet, store: Store) -> None:
     workers = await fleet(2)
-    (dead,) = await fleet(1, run=False)
+    (brief,) = await fleet(1, rules=replace(QUICK, lease_s=1.0))
     to = route()
-    await opened(workers[0], to, workers)
-    for _ in range(5):
-        await call(dead, to, "overloaded")
+    await opened(workers[0], to, [*workers, brief])
     # A worker that renews keeps its probe for longer than a lease lasts.
     holder, probe = await probe_of(workers, to, 4)
-    await asyncio.sleep(QUICK.lease_s * 1.5)
+    await renewed(lambda: store.redis.pttl(keys.traffic(f"model:{to.name}", "probe")))
     assert not any([(await t.admit(to, "u", tokens=1)).granted for t in workers])
     await end(holder, probe, "overloaded")
 
     del probe  # who forgets an admission does not keep it
-    _, forgotten = await probe_of(workers, to, 4)
+    _, forgotten = await probe_of([brief], to, 4)
     del forgotten
     await probe_of(workers, to, 4)
 
@@ -299,18 +316,40 @@ Span = tuple[float, float]
 
 
 async def jobs_of(
-    traffic: Traffic, to: Route, user: str, *, until_s: float, got: list[Span], hold_s: float = 0, tokens: int = 1
+    traffic: Traffic,
+    to: Route,
+    user: str,
+    *,
+    goes_on: Callable[[], bool],
+    got: list[Span],
+    hold_s: float = 0,
+    tokens: int = 1,
 ) -> None:
-    """One caller that makes calls until the time is over, waiting as it is told."""
-    while (now := time.monotonic()) < until_s:
+    """One caller that makes calls as long as the test goes on, waiting as it is told."""
+    while goes_on():
+        now = time.monotonic()
         admission = await traffic.admit(to, user, tokens=tokens)
         if not admission.granted:
-            await asyncio.sleep(min(admission.wait_s, max(until_s - now, 0.001)))
+            await asyncio.sleep(admission.wait_s)
             continue
         got.append((now, time.monotonic()))
         if hold_s:
             await asyncio.sleep(hold_s)
         await end(traffic, admission, tokens=tokens)
+
+
+def lasting(span_s: float, enough: Callable[[], bool]) -> Callable[[], bool]:
+    """For so long, and on until there was enough: while the machine holds the test up nothing is granted.
+
+    What is granted far too slowly is still not enough when a patient test's time is over.
+    """
+    ends, gives_up = time.monotonic() + span_s, time.monotonic() + PATIENCE_S
+
+    def goes_on() -> bool:
+        now = time.monotonic()
+        return now < ends or (now < gives_up and not enough())
+
+    return goes_on
 
 
 def most_within(spans: list[Span], window_s: float) -> int:
@@ -328,12 +367,13 @@ async def test_limits_are_held_within_5_percent_by_four_workers_at_once(fleet: F
     limits = {"requests_per_minute": limit} if what == "requests" else {"tokens_per_minute": limit * each}
     to = route(**limits)
     got: list[Span] = []
-    ends = time.monotonic() + 2.5 * window_s
+    used = limit * 2.5 * 0.5
+    on = lasting(2.5 * window_s, lambda: len(got) >= used)
     await asyncio.gather(
-        *(jobs_of(workers[i % 4], to, f"u{i % 3}", until_s=ends, got=got, tokens=each) for i in range(callers))
+        *(jobs_of(workers[i % 4], to, f"u{i % 3}", goes_on=on, got=got, tokens=each) for i in range(callers))
     )
     assert most_within(got, window_s) <= limit * 1.05
-    assert len(got) >= limit * 2.5 * 0.5, "and what is allowed is used"
+    assert len(got) >= used, "and what is allowed is used"
 
 
 async def test_a_minute_is_a_minute_and_its_calls_are_spread_over_it(fleet: Fleet) -> None:
@@ -342,24 +382,25 @@ async def test_a_minute_is_a_minute_and_its_calls_are_spread_over_it(fleet: Flee
     to = route(requests_per_minute=60 * a_second, tokens_per_minute=1_000_000)
     got: list[Span] = []
     seconds = 6
-    ends = time.monotonic() + seconds
-    await asyncio.gather(*(jobs_of(workers[i % 4], to, f"u{i}", until_s=ends, got=got) for i in range(8)))
+    used = a_second * seconds * 0.5
+    on = lasting(seconds, lambda: len(got) >= used)
+    await asyncio.gather(*(jobs_of(workers[i % 4], to, f"u{i}", goes_on=on, got=got) for i in range(8)))
     # What holds for each span holds for a whole minute, which then has 5 % too many at the most.
     for span_s in (0.5, 1, 2, 4, seconds):
         assert most_within(got, span_s) <= a_second * span_s + at_once
-    assert len(got) >= a_second * seconds * 0.5
+    assert len(got) >= used
 
 
 async def test_tokens_are_charged_as_they_were_used_and_not_as_they_were_guessed(fleet: Fleet) -> None:
-    (traffic,) = await fleet(1, window_s=10.0)
+    (traffic,) = await fleet(1, window_s=60.0)
     to = route(tokens_per_minute=1000)
     guessed = await traffic.admit(to, "u", tokens=1000)
     assert guessed.granted
     refused = await traffic.admit(to, "u", tokens=1)
     assert (refused.granted, refused.reason) == (False, "tokens")
-    assert refused.wait_s > 5
+    assert refused.wait_s > 30
     await end(traffic, guessed, tokens=20)
-    (fresh,) = await fleet(1, window_s=10.0)  # without the first one's memory of the refusal
+    (fresh,) = await fleet(1, window_s=60.0)  # without the first one's memory of the refusal
     assert (await fresh.admit(to, "other", tokens=1)).granted
     # The other way round: what used more than was guessed is owed.
     second = route(tokens_per_minute=1000)
@@ -367,7 +408,7 @@ async def test_tokens_are_charged_as_they_were_used_and_not_as_they_were_guessed
     await end(traffic, cheap, tokens=500)
     owed = await traffic.admit(second, "u", tokens=1)
     assert (owed.granted, owed.reason) == (False, "tokens")
-    assert 1 < owed.wait_s < 6
+    assert 6 < owed.wait_s < 36
 
 
 async def test_no_more_calls_run_at_once_than_are_allowed_and_no_fewer(fleet: Fleet) -> None:
@@ -375,9 +416,9 @@ async def test_no_more_calls_run_at_once_than_are_allowed_and_no_fewer(fleet: Fl
     to = route(concurrency=7)
     running, most, done = 0, 0, 0
 
-    async def caller(traffic: Traffic, user: str, until_s: float) -> None:
+    async def caller(traffic: Traffic, user: str, goes_on: Callable[[], bool]) -> None:
         nonlocal running, most, done
-        while time.monotonic() < until_s:
+        while goes_on():
             admission = await traffic.admit(to, user, tokens=1)
             if not admission.granted:
                 assert admission.reason == "concurrency"
@@ -390,10 +431,11 @@ async def test_no_more_calls_run_at_once_than_are_allowed_and_no_fewer(fleet: Fl
             done += 1
             await end(traffic, admission)
 
-    ends = time.monotonic() + 2
-    await asyncio.gather(*(caller(workers[i % 4], f"u{i % 2}", ends) for i in range(28)))
+    turns = 7 * 2 / 0.2 * 0.2
+    on = lasting(2, lambda: done >= turns)
+    await asyncio.gather(*(caller(workers[i % 4], f"u{i % 2}", on) for i in range(28)))
     assert most == 7
-    assert done >= 7 * 2 / 0.2 * 0.2
+    assert done >= turns
 
 
 async def test_the_places_of_a_dead_worker_are_free_again_and_those_of_a_living_one_are_not(
@@ -412,10 +454,12 @@ async def test_the_places_of_a_dead_worker_are_free_again_and_those_of_a_living_
         admission = await other.admit(to, "v", tokens=1)
         return admission if admission.granted else None
 
-    started = time.monotonic()
+    places = keys.traffic(f"model:{to.name}", "running")
+    dies_us = await store.redis.zscore(places, lost.lease)
+    await renewed(lambda: store.redis.zscore(places, kept.lease))
+    assert await store.redis.zscore(places, lost.lease) == dies_us, "nobody renews it"
+    await store.redis.zadd(places, {lost.lease: 1}, xx=True)  # as if that moment had come
     mine = await until(place, "the dead worker's place")
-    assert time.monotonic() - started > QUICK.lease_s / 2
-    await asyncio.sleep(QUICK.lease_s * 1.5)  # longer than a lease: the living are renewed
     assert not (await other.admit(to, "w", tokens=1)).granted
     await end(living, kept)
     await end(other, mine)
@@ -427,13 +471,12 @@ async def test_the_places_of_a_dead_worker_are_free_again_and_those_of_a_living_
 # -- fairness -------------------------------------------------------------------------------------------------------
 
 
-async def first_of_the_few(traffic: Traffic, to: Route, user: str) -> float:
-    started = time.monotonic()
+async def one_of_the_few(traffic: Traffic, to: Route, user: str) -> None:
     while True:
         admission = await traffic.admit(to, user, tokens=1)
         if admission.granted:
             await end(traffic, admission)
-            return time.monotonic() - started
+            return
         await asyncio.sleep(admission.wait_s)
 
 
@@ -445,14 +488,17 @@ async def test_a_user_with_one_job_does_not_wait_behind_a_thousand_of_another(
     to = route(**limits)
     got: list[Span] = []
     # Twenty calls a second for a thousand: alone in a queue, the other user would wait for most of a minute.
-    many = [jobs_of(one, to, "many", until_s=math.inf, got=got, hold_s=0.2) for _ in range(1000)]
+    many = [jobs_of(one, to, "many", goes_on=lambda: True, got=got, hold_s=0.2) for _ in range(1000)]
     crowd = asyncio.gather(*many)
     await asyncio.sleep(0.7)
     before = len(got)
-    waits = [await first_of_the_few(two, to, "few") for _ in range(3)]
-    waits.append(await first_of_the_few(one, to, "few"))
-    # Half a second each, where nothing holds the test up.
-    assert max(waits) < 15
+    passed: list[int] = []
+    for traffic in (two, two, two, one):
+        served_before = len(got)
+        await one_of_the_few(traffic, to, "few")
+        passed.append(len(got) - served_before)
+    # About ten of the many each time. Counted, because the machine may hold all of us up.
+    assert max(passed) < 300
 
     async def served() -> bool:
         return len(got) > before
@@ -467,10 +513,10 @@ async def test_users_who_all_want_everything_get_the_same(fleet: Fleet) -> None:
     workers = await fleet(3, window_s=2.0)
     to = route(requests_per_minute=150)
     got: dict[str, list[Span]] = {"a": [], "b": [], "c": []}
-    ends = time.monotonic() + 3
+    on = lasting(3, lambda: sum(map(len, got.values())) >= 150)
     # Not equal in numbers, nor in where they are.
     crowd = ["a"] * 60 + ["b"] * 10 + ["c"] * 3
-    callers = [jobs_of(workers[i % 3], to, u, until_s=ends, got=got[u]) for i, u in enumerate(crowd)]
+    callers = [jobs_of(workers[i % 3], to, u, goes_on=on, got=got[u]) for i, u in enumerate(crowd)]
     await asyncio.gather(*callers)
     counts = Counter({user: len(times) for user, times in got.items()})
     assert min(counts.values()) > 0.5 * max(counts.values()), counts
@@ -480,7 +526,9 @@ async def test_users_who_all_want_everything_get_the_same(fleet: Fleet) -> None:
 # -- learned --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_429_halves_what_runs_at_once_in_the_whole_fleet_and_successes_raise_it(fleet: Fleet) -> None:
+async def test_a_429_halves_what_runs_at_once_in_the_whole_fleet_and_successes_raise_it(
+    fleet: Fleet, store: Store
+) -> None:
     workers = await fleet(2)
     to = route()
     running = [(t, await t.admit(to, "u", tokens=1)) for t in workers for _ in range(10)]
@@ -493,11 +541,10 @@ async def test_a_429_halves_what_runs_at_once_in_the_whole_fleet_and_successes_r
     # Half of the twenty of both workers, though only one of them met the refusal.
     await until(lambda: learned(10), "half of what runs in both")
     assert not any([(await t.admit(to, "u", tokens=1)).granted for t in workers])
-    await asyncio.sleep(QUICK.cut_every_s)
+    await store.redis.hset(keys.traffic(f"model:{to.name}", "health"), "cut", 0)  # as if that burst were long ago
     for _ in range(3):
         await end(*running.pop(), "rate_limited")
     await until(lambda: learned(5), "a burst of refusals counts once more")
-    await asyncio.sleep(QUICK.cut_every_s)
     while running:
         await end(*running.pop())
     for _ in range(12):
@@ -513,12 +560,12 @@ async def test_a_429_halves_what_runs_at_once_in_the_whole_fleet_and_successes_r
 async def test_when_the_provider_says_that_nothing_is_left_all_wait_until_there_is(fleet: Fleet) -> None:
     first, second = await fleet(2)
     to = route()
-    await call(first, to, rate=RateInfo(RateWindow(50, 7, 60.0), RateWindow(1000, 0, 4.0)))
+    await call(first, to, rate=RateInfo(RateWindow(50, 7, 60.0), RateWindow(1000, 0, 8.0)))
 
     await until(partial(refuses, second, to), "the other worker waits too")
     refused = await first.admit(to, "u", tokens=1)
     assert (refused.granted, refused.reason) == (False, "tokens")
-    assert 0 < refused.wait_s < 6, "the time told, and some more that spreads the callers"
+    assert 0 < refused.wait_s < 12, "the time told, and some more that spreads the callers"
 
     async def admitted() -> bool:
         return (await second.admit(to, "u", tokens=1)).granted

@@ -20,7 +20,7 @@ from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.simulator import Plan, Simulator
 from tests.support.store import keys_without_ttl, running_store
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
-from tests.support.worker import QUICK, worker_process
+from tests.support.worker import QUICK, STEADY, worker_process
 
 MODELS = """
 [models.fast]
@@ -281,7 +281,7 @@ async def test_a_terminated_worker_lets_its_job_finish_and_claims_no_other(write
 
 async def test_past_the_drain_limit_a_job_is_handed_back_at_once(write_config) -> None:
     async with Simulator() as sim, AsyncExitStack() as stack:
-        path, settings = write_config(QUICK + "drain_s = 0.2\n" + simulated(sim))
+        path, settings = write_config(STEADY + "drain_s = 0.2\n" + simulated(sim))
         producer = await stack.enter_async_context(AsyncProducer(settings))
         sim.plan(text=LONG, fault="stall", after=5)
         sim.default = Plan(text=LONG)

@@ -22,6 +22,12 @@ from tests.support.tls import Certificate
 
 SLOTS: Final = 16384
 _BUS: Final = 10_000
+PATIENT_MS: Final = 60_000
+"""After how long a silent node counts as dead where no test waits for it. A busy machine stops one for seconds: with
+less, the others then answer CLUSTERDOWN to whoever asks, or a replica takes over, in the midst of a test of something
+else."""
+FAILOVER_MS: Final = 3000
+"""The same where a test waits until a replica took over."""
 
 
 class ClusterNode:
@@ -91,12 +97,11 @@ class RedisCluster:
         replicas: int = 0,
         options: tuple[str, ...] = ("--appendonly", "no"),
         certificate: Certificate | None = None,
+        node_timeout_ms: int = PATIENT_MS,
     ) -> None:
         # The embedded store is built without TLS.
         program = store_program() if certificate is None else redis_program()
-        # Short only where a replica is to take over: else a node that is stopped for a moment takes the cluster down.
-        timeout_ms = "1000" if replicas else "15000"
-        given = (program, ("--cluster-node-timeout", timeout_ms, *options), certificate)
+        given = (program, ("--cluster-node-timeout", str(node_timeout_ms), *options), certificate)
         self.nodes = [ClusterNode(directory / f"node-{n}", *given) for n in range(primaries * (1 + replicas))]
         self._certificate = certificate
         self.primaries = self.nodes[:primaries]

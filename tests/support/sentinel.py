@@ -19,6 +19,9 @@ from tests.support.tls import Certificate
 
 SERVICE: Final = "mymaster"
 SENTINELS_PASSWORD: Final = "watch/this:one"
+_DOWN_AFTER_MS: Final = 4000
+"""Shorter, a primary that a busy machine stops for a moment is replaced in the midst of a test: what it is told from
+then on is lost."""
 
 
 class Watched:
@@ -77,7 +80,7 @@ def _sentinel(directory: Path, watched: Watched, primary_port: int) -> Generator
         f"dir {directory}",
         f'requirepass "{SENTINELS_PASSWORD}"',
         f"sentinel monitor {SERVICE} 127.0.0.1 {primary_port} 1",
-        f"sentinel down-after-milliseconds {SERVICE} 500",
+        f"sentinel down-after-milliseconds {SERVICE} {_DOWN_AFTER_MS}",
         f"sentinel failover-timeout {SERVICE} 5000",
     ]
     if watched.certificate is not None:

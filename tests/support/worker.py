@@ -16,6 +16,8 @@ from tests.support.processes import PATIENCE_S, wait_until
 
 QUICK = "heartbeat_s = 0.5\ndead_after_s = 3.0\n"
 """For tests that wait until a worker counts as dead. Shorter, a live one looks dead on a busy machine."""
+STEADY = QUICK.replace("dead_after_s = 3.0", "dead_after_s = 60.0")
+"""For tests with several workers none of which dies: one that a busy machine stops for seconds is not given up."""
 
 
 class WorkerProcess:
