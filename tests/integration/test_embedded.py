@@ -22,7 +22,7 @@ from promptmill.up.datadir import DataDir, find_running_up
 from promptmill.up.embedded import EmbeddedStore, StoreProgram, find_store_program
 from promptmill.up.part import PartSpec
 from promptmill.up.supervisor import Supervisor
-from tests.support.processes import PATIENCE_S, wait_gone
+from tests.support.processes import PATIENCE_S, wait_gone, wait_until
 
 
 @asynccontextmanager
@@ -59,6 +59,12 @@ async def test_a_killed_store_has_what_it_acknowledged(tmp_path: Path) -> None:
         async with running(store, data_dir) as pid, redis.asyncio.Redis.from_url(store.url) as client:
             for n in range(500):
                 await client.set(f"pm:{n}", n, ex=100)
+
+            async def written() -> bool:
+                return (await client.info("persistence"))["aof_buffer_length"] == 0
+
+            # While it syncs it acknowledges what it has not written yet.
+            await wait_until(written, "no sync is under way")
             os.kill(pid, signal.SIGKILL)
         async with running(store, data_dir), redis.asyncio.Redis.from_url(store.url) as client:
             assert await client.dbsize() == 500

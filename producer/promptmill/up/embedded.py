@@ -122,7 +122,7 @@ class EmbeddedStore:
             "port": str(self.port),
             "requirepass": self.password,
             "dir": _quoted(self.directory),
-            # Acknowledged writes survive a kill; what the last second wrote can be lost with the machine's power.
+            # What was acknowledged survives a kill, unless a sync was under way; power loss can take the last second.
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": '""',
