@@ -25,7 +25,7 @@ from tests.support.processes import wait_until
 from tests.support.server import server_process
 from tests.support.store import StoreServer, cut_subscribers
 from tests.support.streams import check_whole, collect, follow_sse, text_of, wait_for_tokens
-from tests.support.worker import QUICK, worker_process
+from tests.support.worker import pace, worker_process
 
 MODELS = '[models.slow]\ntype = "echo"\noptions = { tokens_per_s = 30 }\n'
 LONG = "word " * 100
@@ -68,8 +68,7 @@ async def mill_on(
 ) -> AsyncGenerator[Mill]:
     path = directory / "promptmill.toml"
     # Nobody is given up while a cluster makes up its mind.
-    quick = QUICK.replace("dead_after_s = 3.0", f"dead_after_s = {dead_after_s}")
-    path.write_text(f'redis_url = "{cluster.url}"\nbroker_url = "{broker}"\n{quick}{MODELS}')
+    path.write_text(f'redis_url = "{cluster.url}"\nbroker_url = "{broker}"\n{pace(dead_after_s)}{MODELS}')
     async with AsyncProducer(load_settings(path)) as producer, AsyncExitStack() as stack:
         worker = stack.enter_context(worker_process(path))
         gateway = stack.enter_context(server_process("promptmill_gateway", path))

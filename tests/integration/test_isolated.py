@@ -349,7 +349,7 @@ async def test_a_worker_whose_backend_blocks_its_loop_ends_the_job_in_time_and_s
 type = "unruly"
 isolation = "process"
 options = { do = "block" }
-timeouts = { idle_s = 4 }
+timeouts = { idle_s = 8 }
 [models.apart]
 type = "echo"
 isolation = "process"

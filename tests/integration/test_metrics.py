@@ -85,7 +85,13 @@ async def test_a_worker_counts_jobs_attempts_tokens_cost_and_times(redis_url: st
             await failed.result()
         running = await it.producer.submit("x", model="endless")
         await wait_for_tokens(it.producer, running.id, 2)
-        during = await it.until(lambda f: f.value("worker_running_jobs") == 1, "a job runs")
+        # A machine that pauses makes a heartbeat old, but not every one.
+        during = await it.until(
+            lambda f: (
+                f.value("worker_running_jobs") == 1 and f.value("heartbeat_age_seconds") < it.settings.dead_after_s
+            ),
+            "a job runs",
+        )
         await running.cancel()
         with pytest.raises(JobCancelled):
             await running.result()
@@ -94,7 +100,7 @@ async def test_a_worker_counts_jobs_attempts_tokens_cost_and_times(redis_url: st
     assert before.value("worker_ready") == 1
     assert before.value("worker_slots") == it.settings.concurrency
     assert [labels["family"] for name, labels, _ in before if name == "promptmill_worker_info"] == ["api"]
-    assert during.value("heartbeat_age_seconds") < it.settings.dead_after_s
+    assert during.value("heartbeat_age_seconds") > 0
     assert after.value("jobs_total", state="succeeded", model="priced", backend="echo", code="") == 1
     assert after.value("jobs_total", state="failed", model="broken", code="refused") == 1
     assert after.value("jobs_total", state="cancelled") == 0, "whoever cancelled it counts it"
@@ -186,13 +192,17 @@ async def test_a_relay_and_a_gateway_count_their_readers_and_the_fleet(redis_url
             endless = (await gateway.http.post("/v1/jobs", json={"prompt": "x", "model": "endless"})).json()["id"]
             await wait_for_tokens(it.producer, endless, 2)
             follower = asyncio.create_task(follow_sse(gateway.port, endless))
+            during = list[Figures]()
 
             async def seen() -> bool:
                 figures = await scrape(port)
-                return figures.value("readers") == 1 and figures.value("fleet_running_jobs", family="api") == 1
+                during[:] = [figures]
+                # The ledger is told of an attempt behind its end.
+                counted = figures.value("today_attempts", model="priced")
+                running = figures.value("fleet_running_jobs", family="api")
+                return figures.value("readers") == running == counted == 1
 
-            await wait_until(seen, "the reader and the running job are counted")
-            during = await scrape(port)
+            await wait_until(seen, "the reader, the running job and the attempt before it are counted")
             await gateway.http.post(f"/v1/jobs/{endless}/cancel")
             await follower
             after = await scrape(port)
@@ -204,13 +214,13 @@ async def test_a_relay_and_a_gateway_count_their_readers_and_the_fleet(redis_url
             await follow_sse(relay.port, job_id)
             late = await scrape(port)
 
-    assert during.value("followed_jobs") == 1
-    assert during.value("fleet_workers", family="api", state="ready") == 1
-    assert during.value("fleet_slots", family="api") == it.settings.concurrency
-    assert during.value("fleet_servers", kind="gateway") == 1
-    assert during.value("today_attempts", model="priced") == 1
-    assert during.value("fleet_age_seconds") < PATIENCE_S
-    assert during.value("queue_jobs", family="api", priority="interactive") == 0
+    assert during[0].value("followed_jobs") == 1
+    assert during[0].value("fleet_workers", family="api", state="ready") == 1
+    assert during[0].value("fleet_slots", family="api") == it.settings.concurrency
+    assert during[0].value("fleet_servers", kind="gateway") == 1
+    assert during[0].value("today_attempts", model="priced") == 1
+    assert during[0].value("fleet_age_seconds") < PATIENCE_S
+    assert during[0].value("queue_jobs", family="api", priority="interactive") == 0
 
     def grown(name: str, **labels: str) -> float:
         return after.value(name, **labels) - before.value(name, **labels)

@@ -22,7 +22,7 @@ from promptmill.settings import Settings
 from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.server import server_process
 from tests.support.streams import check_whole, collect, follow_sse, phases, text_of, wait_for_tokens
-from tests.support.worker import QUICK, WorkerProcess, worker_process
+from tests.support.worker import QUICK, STEADY, WorkerProcess, worker_process
 
 EARLIER = "4cb92372e796f82b0f8d3e1fd3d718f18961535a"
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ async def served_by(producer: AsyncProducer, jobs: list[AsyncJob]) -> set[str]:
 
 @pytest.mark.timeout(300)
 async def test_both_claim_and_readers_of_both_see_the_same(earlier: Earlier, write_config) -> None:
-    path, settings = write_config(QUICK + MODELS)
+    path, settings = write_config(STEADY + MODELS)
     async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
         pair = Pair(earlier, path, settings, stack)
         await pair.start("earlier")
@@ -142,8 +142,9 @@ async def test_both_claim_and_readers_of_both_see_the_same(earlier: Earlier, wri
 async def test_either_takes_over_from_the_other(
     earlier: Earlier, write_config, goes: str, stays: str, how: str
 ) -> None:
-    path, settings = write_config(QUICK + "drain_s = 0.2\n" + MODELS)
-    quicker, _ = write_config(QUICK + QUICKER, "quicker.toml")
+    pace = QUICK if how == "killed" else STEADY
+    path, settings = write_config(pace + "drain_s = 0.2\n" + MODELS)
+    quicker, _ = write_config(pace + QUICKER, "quicker.toml")
     async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
         pair = Pair(earlier, path, settings, stack)
         leaving = await pair.start(goes)

@@ -22,7 +22,7 @@ from tests.support.sentinel import watched_store
 from tests.support.server import server_process
 from tests.support.store import keys_without_ttl
 from tests.support.streams import check_whole, collect, follow_sse, text_of, wait_for_tokens
-from tests.support.worker import QUICK, worker_process
+from tests.support.worker import pace, worker_process
 
 MODELS = '[models.slow]\ntype = "echo"\noptions = { tokens_per_s = 30 }\n'
 LONG = "word " * 100
@@ -32,7 +32,7 @@ async def test_a_primary_that_dies_under_load_costs_time_and_no_token(tmp_path: 
     with watched_store(tmp_path / "store") as watched:
         path = tmp_path / "promptmill.toml"
         # The broker is the same Redis behind the same Sentinel.
-        path.write_text(f'redis_url = "{watched.url}"\n{QUICK.replace("= 3.0", "= 20.0")}{MODELS}')
+        path.write_text(f'redis_url = "{watched.url}"\n{pace(20.0)}{MODELS}')
         settings = load_settings(path)
         async with AsyncProducer(settings) as producer, AsyncExitStack() as stack:
             worker = stack.enter_context(worker_process(path))

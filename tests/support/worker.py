@@ -14,9 +14,15 @@ from promptmill.heartbeat import read_beats
 from promptmill.store import Store
 from tests.support.processes import PATIENCE_S, wait_until
 
-QUICK = "heartbeat_s = 0.5\ndead_after_s = 3.0\n"
+
+def pace(dead_after_s: float) -> str:
+    """Lines of a configuration: how often workers beat, and after how long without it they are given up."""
+    return f"heartbeat_s = 0.5\ndead_after_s = {dead_after_s}\n"
+
+
+QUICK = pace(5.0)
 """For tests that wait until a worker counts as dead. Shorter, a live one looks dead on a busy machine."""
-STEADY = QUICK.replace("dead_after_s = 3.0", "dead_after_s = 60.0")
+STEADY = pace(60.0)
 """For tests with several workers none of which dies: one that a busy machine stops for seconds is not given up."""
 
 
