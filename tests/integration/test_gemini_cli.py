@@ -97,7 +97,7 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
     ("model", "bounds", "code", "text"),
     [
         ("sim:fault=hang", {"first_token_s": 4}, "timeout_first_token", ""),
-        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 3}, "timeout_idle", "tok0 tok1 "),
+        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 6}, "timeout_idle", "tok0 tok1 "),
     ],
 )
 async def test_a_silent_provider_ends_in_the_bound_that_passed_and_the_program_with_it(

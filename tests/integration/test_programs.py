@@ -128,7 +128,7 @@ async def test_a_polite_program_gets_term_and_its_grace(tag: str, level: str) ->
 
 
 async def test_a_program_out_of_its_run_time_is_ended_by_the_guard(tag: str, level: str) -> None:
-    limits = ProgramLimits(run_s=3, grace_s=0.2)  # for a start on a busy machine
+    limits = ProgramLimits(run_s=6, grace_s=0.2)  # for a start on a busy machine
     async with running(tag, level, "ignore_term", limits=limits) as program:
         assert await said(program) == [b"ready"]
         assert program.status == -signal.SIGKILL
@@ -169,10 +169,11 @@ async def test_a_gigabyte_on_one_line_is_not_read_as_long_as_nobody_takes_it(tag
         async def stands_still() -> bool:
             written = process.io_counters().write_chars
             await asyncio.sleep(0.2)  # nothing is to happen in it
-            return 0 < written == process.io_counters().write_chars
+            # One that only has no turn does not sleep.
+            still = 0 < written == process.io_counters().write_chars
+            return still and process.status() == psutil.STATUS_SLEEPING
 
         await wait_until(stands_still, "the kernel's pipe is full, and the program waits in its write")
-        assert process.status() == psutil.STATUS_SLEEPING
         assert process.io_counters().write_chars < 4 << 20
 
 
