@@ -19,6 +19,7 @@ from promptmill.store import Store
 from promptmill.usage import book, booking
 from promptmill.usage.report import read_usage
 from promptmill.usage.verify import verify_usage
+from tests.support.cutting import cutting_proxy
 from tests.support.processes import wait_until
 from tests.support.simulator import Simulator
 from tests.support.worker import QUICK, worker_process
@@ -115,6 +116,42 @@ async def test_the_ledger_of_faults_and_fallbacks_is_the_providers_own_count(wri
         assert abs(sum(e["out"] for e in died) / sum(r.tokens_written for r in faulted) - 1) < 0.1
         assert all(e["in"] == e["out"] == 0 for e in entries.values() if e["model"] == "busy")
         assert all(job.cost_usd is not None for job in ended)
+        assert (await verify_usage(store)).ok
+
+
+@pytest.mark.parametrize("how", ["cancelled", "killed"])
+async def test_no_attempt_begins_while_the_store_is_away_nor_once_the_job_is_taken(
+    write_config, store, how: str
+) -> None:
+    user = f"u-{keys.new_job_id()}"
+    async with Simulator() as simulator, AsyncExitStack() as stack:
+        provider = await stack.enter_async_context(cutting_proxy(simulator.url))
+        path, settings = write_config(config(f"http://127.0.0.1:{provider.port}"))
+        proxy = await stack.enter_async_context(cutting_proxy(settings.store_url))
+        producer = await stack.enter_async_context(AsyncProducer(settings))
+        far = stack.enter_context(worker_process(path, "far", env={"PROMPTMILL_REDIS_URL": proxy.url}))
+        await far.ready(settings.store_url)
+        simulator.plan(fault="hang")
+        job = await producer.submit("x" * 400, model="good", user=user)
+        await simulator.wait_requests(1)
+        proxy.cut()
+        provider.reset()
+        await wait_until(lambda: "waiting for the store" in far.log.read_text(), "the next attempt does not begin")
+        if how == "cancelled":
+            await job.cancel()
+            proxy.mend()
+            await wait_until(lambda: f"job {job.id} stopped here: taken" in far.log.read_text(), "it knows")
+        else:
+            far.signal(signal.SIGKILL)
+            stack.enter_context(worker_process(path, "near"))
+            await job.result(60)
+        asked = {"cancelled": 1, "killed": 2}[how]
+
+        async def booked() -> bool:
+            return (await producer.usage("yesterday", "today", "user", user)).total.attempts == asked
+
+        await wait_until(booked, "all is booked")
+        assert len(simulator.requests) == asked
         assert (await verify_usage(store)).ok
 
 

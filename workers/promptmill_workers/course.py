@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from promptmill.contract import JobRequest, Progress, Restart, Timeouts
-from promptmill.errors import BackendError, PromptmillError, StoreUnavailable
+from promptmill.errors import BackendError, PromptmillError
 from promptmill.failures import CLASSES, classify
 from promptmill.queues import queue_for
 from promptmill.routing import Decision, Route
@@ -27,7 +27,7 @@ from promptmill.settings import Settings
 from promptmill.store import Claimed, Store
 from promptmill.tracing import Span, span
 from promptmill.traffic import Admission, Traffic
-from promptmill.usage import Booker, keep_try
+from promptmill.usage import Booker, keep_try, tell_asking
 from promptmill.usage.estimates import BYTES_PER_TOKEN
 from promptmill_workers.attempt import Progressing, stream
 from promptmill_workers.backends.base import Call
@@ -35,6 +35,7 @@ from promptmill_workers.joblog import JobLog
 from promptmill_workers.meters import note_attempt
 from promptmill_workers.models import Backends
 from promptmill_workers.outcomes import Outcome, backoff_s, describe, said, settle, tell_span
+from promptmill_workers.patience import patiently
 from promptmill_workers.pauses import Pauses
 from promptmill_workers.writer import Writer
 
@@ -120,6 +121,8 @@ class Course:
     booker: Booker
     writer: Writer
     hand_on: HandOn
+    taken: Callable[[], None]
+    """Stops this course: the claim is somebody else's."""
     served: Callable[[str], Awaitable[bool]]
     """Whether a family has a worker that can claim."""
     waiting: Counter[str]
@@ -208,9 +211,8 @@ class Course:
             admission = await self._admitted(route, more=more)
             if isinstance(admission, BackendError):
                 return Ended(admission, Progressing(), route)
+            await self._begin(route, admission)
             into, started = Progressing(), datetime.now(UTC)
-            facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
-            await self.booker.asking(self.job_id, self.claim, {**facts, "text_before": self.told_bytes})
             self.current = Current(self.number, route, started, into)
             about = {"gen_ai.operation.name": "text_completion", "gen_ai.request.model": route.name}
             with span("promptmill.attempt", "client", {**about, "promptmill.attempt": self.number}) as attempt:
@@ -230,6 +232,22 @@ class Course:
             if wait_s > _WAIT_HERE_S:
                 raise _Deferred(wait_s, f"{route.name}: {said(error)}")
             await asyncio.sleep(wait_s)
+
+    async def _begin(self, route: Route, admission: Admission) -> None:
+        """Tell the store which attempt begins, before the model is asked.
+
+        Asked while the store is away, it could be an attempt that nobody hears of, should the worker die; and by the
+        time the store is back the job may be somebody else's.
+        """
+        facts = {"attempt": self.number, "model": route.name, "backend": route.config.type, "slot": route.slot}
+        facts["text_before"] = self.told_bytes
+        try:
+            if not await patiently(partial(tell_asking, self.store, self.job_id, self.claim, facts)):
+                self.taken()
+                await asyncio.sleep(0)  # cancelled here
+        except asyncio.CancelledError:
+            await self.traffic.report(admission, code="cancelled", retry_after_s=None, tokens=0, rate=None)
+            raise
 
     async def _admitted(self, route: Route, *, more: bool) -> Admission | BackendError:
         """Leave to ask the model now. The error where another model is to be asked in its place.
@@ -303,14 +321,10 @@ class Course:
     async def _keep_last(self) -> None:
         """The claim goes on after an attempt that failed: what it used must survive this worker's death.
 
-        Told before the next attempt begins; where the store does not answer, told in the background once it does.
+        Told before the next attempt begins, however long the store is away.
         """
-        try:
-            await keep_try(self.store, self.job_id, self.tries[-1])
-        except StoreUnavailable:
-            self.booker.keep(self.job_id, self.tries[-1])
-        else:
-            self.booker.soon(self.job_id)
+        await patiently(partial(keep_try, self.store, self.job_id, self.tries[-1]))
+        self.booker.soon(self.job_id)
 
     async def _attempt(
         self, route: Route, into: Progressing, admission: Admission, attempt: Span

@@ -24,6 +24,7 @@ from promptmill_workers.claims import Claims
 from promptmill_workers.feeding import Feeding
 from promptmill_workers.meters import from_zero
 from promptmill_workers.pace import Pace
+from promptmill_workers.patience import patiently
 from promptmill_workers.programs import configure, prepare
 from promptmill_workers.quarantine import Quarantine
 from promptmill_workers.runner import Runner
@@ -179,7 +180,7 @@ class Engine:
 
     async def _convict(self, worker_id: str) -> None:
         """A quarantine process was seen to die with a job in it, whose fault it then is."""
-        await self.runner.patiently(lambda: self.watcher.settle(worker_id, poisoned=True))
+        await patiently(lambda: self.watcher.settle(worker_id, poisoned=True))
 
     async def _alive(self) -> None:
         """A process that was frozen may have been declared dead: it beats before it claims anything."""

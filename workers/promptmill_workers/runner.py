@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any
 
 import orjson
 
@@ -39,15 +38,13 @@ from promptmill_workers.ends import End, failure, success
 from promptmill_workers.joblog import JobLog
 from promptmill_workers.meters import note_claim, note_end, note_fenced, note_stop
 from promptmill_workers.models import Backends
+from promptmill_workers.patience import patiently
 from promptmill_workers.pauses import Pauses
 from promptmill_workers.running import RunningJob
 from promptmill_workers.tally import Tally
 from promptmill_workers.writer import Writer
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-_STORE_BACKOFF_MAX_S: Final = 2.0
 
 
 async def _refused_alone(job_id: str) -> None:
@@ -130,7 +127,7 @@ class Runner:
         claim = keys.new_token()
         self.claiming[claim] = job_id
         try:
-            claimed = await self.patiently(lambda: self._claim(job_id, claim))
+            claimed = await patiently(lambda: self._claim(job_id, claim))
         finally:
             taken = claim in self._taken
             self._taken.discard(claim)
@@ -210,17 +207,6 @@ class Runner:
             self._store.forget_claim(job_id, self._worker_id)
         return claimed
 
-    async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
-        """Repeat an idempotent act until the store answers: a job is not given up because Redis is away."""
-        backoff = 0.05
-        while True:
-            try:
-                return await act()
-            except StoreUnavailable as err:
-                logger.warning("waiting for the store: %s", err)
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.5))  # noqa: S311 - spreads retries, no secret
-                backoff = min(backoff * 2, _STORE_BACKOFF_MAX_S)
-
     # -- attempts -----------------------------------------------------------------------------------------------
 
     async def _attempts(self, job: RunningJob, claimed: Claimed) -> None:
@@ -239,6 +225,7 @@ class Runner:
             booker=self.booker,
             writer=self._writer,
             hand_on=partial(self._hand_on, job),
+            taken=partial(job.stop, "taken"),
             served=self._served,
             waiting=self._waiting,
             tries=list(claimed.tries),
@@ -269,7 +256,7 @@ class Runner:
         except BadRequest:
             if self.renew is None:
                 raise
-            await self.patiently(self.renew)
+            await patiently(self.renew)
             if self.registry is before:
                 raise
         return decide(self.registry, request)
@@ -278,7 +265,7 @@ class Runner:
         """The answer that is kept for a request which asks for that; None where nothing is kept."""
         if not request.cache:
             return None
-        into = await self.patiently(lambda: self.cache.find(request, decision.first))
+        into = await patiently(lambda: self.cache.find(request, decision.first))
         if into is None:
             return None
         job.log.add_text(into.text)
@@ -316,7 +303,7 @@ class Runner:
                 wait_s=wait_s,
             )
 
-        await self.patiently(hand_on)
+        await patiently(hand_on)
         self.counts.put_back(job.job_id)
         if tries is not None:
             self.booker.soon(job.job_id)
@@ -358,7 +345,7 @@ class Runner:
                 self._writer.suspect()
                 raise
 
-        if await self.patiently(finish):
+        if await patiently(finish):
             self.counts.ended(job.job_id, end.state, end.fields)
             self.booker.soon(job.job_id)
             if job.batch is not None:

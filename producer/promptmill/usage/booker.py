@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 from promptmill.errors import StoreUnavailable
 from promptmill.registry import Registry
 from promptmill.store import Store
 from promptmill.store.tries import Try
-from promptmill.usage.booking import book, keep_try, tell_asking
+from promptmill.usage.booking import book, keep_try
 
 logger = logging.getLogger(__name__)
 
 _TOLD_MAX: Final = 10_000
-_ASKING_S: Final = 1.0
-"""An attempt waits no longer for the store to hear of it."""
 _BACKOFF_MAX_S: Final = 2.0
 
 
@@ -34,7 +32,6 @@ class Booker:
         self._registry = registry
         self._retention_s = retention_s
         self._told: deque[tuple[str, Try, bool]] = deque(maxlen=_TOLD_MAX)
-        self._asking: dict[str, tuple[str, Mapping[str, Any]]] = {}
         self._waiting: dict[str, None] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -44,17 +41,8 @@ class Booker:
         if self._task is None:
             self._task = asyncio.create_task(self._drain(), name="booker")
 
-    async def asking(self, job_id: str, claim: str, facts: Mapping[str, Any]) -> None:
-        """Tell of an attempt that begins; see :func:`~promptmill.usage.tell_asking`. Later, where that takes long."""
-        try:
-            async with asyncio.timeout(_ASKING_S):
-                await tell_asking(self._store, job_id, claim, facts)
-        except (StoreUnavailable, TimeoutError):
-            self._asking[job_id] = claim, facts
-            self.soon(job_id)
-
     def keep(self, job_id: str, try_: Try) -> None:
-        """Tell of an attempt that failed while its claim goes on: the worker may die before the end tells it."""
+        """Tell of an attempt that ended before its claim was taken away."""
         self._told.append((job_id, try_, False))
         self.soon(job_id)
 
@@ -66,7 +54,7 @@ class Booker:
     async def _drain(self) -> None:
         backoff_s = 0.05
         try:
-            while self._asking or self._told or self._waiting:
+            while self._told or self._waiting:
                 try:
                     await self._tell()
                     job_ids = list(self._waiting)
@@ -81,10 +69,6 @@ class Booker:
             self._task = None
 
     async def _tell(self) -> None:
-        for job_id, (claim, facts) in list(self._asking.items()):
-            await tell_asking(self._store, job_id, claim, facts)
-            if self._asking.get(job_id) == (claim, facts):
-                del self._asking[job_id]
         while self._told:
             told = self._told[0]
             await keep_try(self._store, told[0], told[1], lost=told[2])

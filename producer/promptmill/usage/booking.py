@@ -39,6 +39,7 @@ _GRACE_US: Final = 5_000_000
 _AGAIN_US: Final = 20_000_000
 LATE_WAIT_MS: Final = 30_000
 """How long a worker whose job was taken away may take to tell what it used, before that is estimated."""
+_TAKEN: Final = -1
 _UNTOLD_BYTES: Final = 80_000
 """For a text that was too long to be stored with a cancellation: 20,000 events, a token each, and more."""
 
@@ -137,8 +138,10 @@ async def run_all(
         return await store.ask_scripted(script, commands)
 
 
-async def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str, Any]) -> None:
+async def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str, Any]) -> bool:
     """Say what an attempt that begins is, in case nobody is left to tell. Repeatable; said late, it changes nothing.
+
+    False where the claim holds no longer: the attempt is not to begin.
 
     ``facts``: ``attempt``, ``model``, ``backend``, where known ``slot``, and ``text_before``: how many bytes of text
     the claim's earlier attempts told, which are theirs. Raises StoreUnavailable: said after the store was away, or an
@@ -147,7 +150,8 @@ async def tell_asking(store: Store, job_id: str, claim: str, facts: Mapping[str,
     facts = {"bytes_per_token": SIZES.of(facts["model"]), **facts}
     told = orjson.dumps({name: value for name, value in facts.items() if value is not None})
     with store_errors(store.address):
-        await store.ask([("EVAL", ASKING, 1, keys.record(job_id), claim, _asked_field(claim), told)])
+        (outcome,) = await store.ask([("EVAL", ASKING, 1, keys.record(job_id), claim, _asked_field(claim), told)])
+    return outcome != _TAKEN
 
 
 def _asked_field(claim: str) -> str:

@@ -53,9 +53,10 @@ return new
     prelude="",
 )
 
-# KEYS: record. ARGV: claim token, field, attempt (JSON). Only while the claim holds, so that no record is made anew.
+# KEYS: record. ARGV: claim token, field, attempt (JSON). Only while the claim holds, so that no record is made anew;
+# else -1.
 ASKING: Final = """
-if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return 0 end
+if redis.call('HGET', KEYS[1], 'claim') ~= ARGV[1] then return -1 end
 local had = redis.call('HGET', KEYS[1], ARGV[2])
 if had and (cjson.decode(had).attempt or 0) > (cjson.decode(ARGV[3]).attempt or 0) then return 0 end
 return redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
