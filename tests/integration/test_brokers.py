@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from kombu.connection import Connection
 
-from promptmill import AsyncProducer, JobCancelled, keys
+from promptmill import AsyncProducer, JobCancelled, enqueue, keys
 from promptmill.client.aio import AsyncJob
 from promptmill.contract import Restart
 from promptmill.doctor.stores import check_broker
@@ -24,7 +24,7 @@ from promptmill.up.embedded import free_port
 from promptmill_workers.process import EXIT_BROKEN
 from tests.support.brokers import Broker
 from tests.support.metrics import scrape
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.rabbit import running_rabbit
 from tests.support.store import keys_without_ttl, redis_program, running_store
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
@@ -403,30 +403,37 @@ async def test_messages_survive_a_broker_that_is_killed(broker: Broker) -> None:
     assert broker.purge(INTERACTIVE) == 600
 
 
-async def test_while_a_broker_hangs_the_event_loop_goes_on(broker: Broker) -> None:
+async def test_while_a_broker_hangs_the_event_loop_goes_on(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     sender = Enqueuer(broker.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(enqueue, "ANSWER_S", PATIENCE_S)
+        patient = Enqueuer(broker.url)
     try:
-        assert await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
+        for one in (sender, patient):
+            assert await one.send([(keys.new_job_id(), INTERACTIVE)]) == 1
         os.kill(broker.pid, signal.SIGSTOP)
         try:
-            sending = asyncio.create_task(sender.send([(keys.new_job_id(), INTERACTIVE)] * 3))
-            turns = 0
-            while not sending.done():
-                await asyncio.sleep(0.01)
-                turns += 1
-            assert await sending == 0, "what the broker did not confirm is not sent"
-            assert turns > 10
+            messages = [(keys.new_job_id(), INTERACTIVE)] * 3
+            assert await sender.send(messages) == 0, "what the broker did not confirm is not sent"
             assert await sender.depth(INTERACTIVE) is None
+            # From here on for as long as it takes: who is stopped himself must not find it given up.
+            monkeypatch.setattr(enqueue, "ANSWER_S", PATIENCE_S)
+            sending = asyncio.create_task(patient.send(messages))
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert not sending.done(), "the event loop stood still until the broker was given up"
         finally:
             os.kill(broker.pid, signal.SIGCONT)
+        assert await sending == 3
 
         async def sent() -> bool:
             return await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
 
         await wait_until(sent, "the broker takes messages again")
-        assert (await sender.depth(INTERACTIVE) or 0) >= 2
+        assert (await sender.depth(INTERACTIVE) or 0) >= 6
     finally:
         await sender.aclose()
+        await patient.aclose()
     broker.purge(INTERACTIVE)
 
 
