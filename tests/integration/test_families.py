@@ -16,7 +16,7 @@ from promptmill.heartbeat import read_beats
 from promptmill.store import Store
 from tests.support.plugin import install_plugin
 from tests.support.processes import PATIENCE_S, wait_until
-from tests.support.worker import QUICK, worker_process
+from tests.support.worker import QUICK, STEADY, worker_process
 
 FAMILY_OF_ITS_OWN = """
 [models.plain]
@@ -82,7 +82,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_a_job_of_a_family_runs_only_on_its_workers(write_config) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     async with AsyncProducer(settings) as producer:
         with worker_process(path) as plain:
             await plain.ready(settings.store_url)
@@ -93,11 +93,15 @@ async def test_a_job_of_a_family_runs_only_on_its_workers(write_config) -> None:
             with worker_process(path, "own", "apart") as own:
                 await own.ready(settings.store_url)
                 assert (await waiting.result(PATIENCE_S)).text == "hello"
-                assert (await producer.ready()).families["apart"] == 1
+
+                async def served() -> bool:
+                    return (await producer.ready()).families.get("apart") == 1
+
+                await wait_until(served, "its family is served")
 
 
 async def test_a_job_whose_producer_did_not_know_the_family_is_handed_on(write_config) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     # No models: all that this producer knows is a name.
     async with AsyncProducer(settings.model_copy(update={"models": {}})) as producer:
         with worker_process(path) as plain, worker_process(path, "own", "apart") as own:
@@ -117,7 +121,7 @@ async def test_a_job_whose_producer_did_not_know_the_family_is_handed_on(write_c
 
 
 async def test_two_workers_that_disagree_about_a_family_do_not_pass_a_job_to_and_fro(write_config, tmp_path) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     other = tmp_path / "other.toml"
     # This one believes that `apart` belongs to the API workers; another model makes it serve the family.
     text = path.read_text().replace('[models.apart]\ntype = "echo"\nfamily = "apart"', '[models.apart]\ntype = "echo"')
