@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from promptmill import AsyncProducer, JobFailed, keys
 from promptmill.contract import Progress
 from promptmill.heartbeat import read_beats
+from promptmill.queues import API_FAMILY, queue_for
 from promptmill.store import Store
 from tests.support.plugin import install_plugin
 from tests.support.processes import PATIENCE_S, wait_until
@@ -172,11 +173,17 @@ async def test_a_worker_whose_event_loop_stands_still_swallows_no_message(
             await wait_until(mark.exists, "the first worker blocks")
             jobs = [await producer.submit(str(n), model="e") for n in range(20)]  # all of them come to it alone
             await wait_until(lambda: "no message is taken" in one.log.read_text(), "it leaves the queues")
+            store = await producer.store()
+
+            async def all_wait() -> bool:
+                return await store.redis.llen(queue_for("interactive", API_FAMILY)) == len(jobs)
+
+            # Nobody else watches yet: what is not there was swallowed, and only a sweep would find it.
+            await wait_until(all_wait, "every message waits for another worker")
             with worker_process(path, "two", env=env) as two:
                 await two.ready(settings.store_url)
                 assert [(await job.result(PATIENCE_S)).text for job in jobs] == [str(n) for n in range(20)]
             one.process.kill()
-            assert "sending the messages" not in two.log.read_text(), "one swallowed a message until the sweep found it"
 
 
 async def test_a_worker_whose_event_loop_turns_again_takes_messages_again(
