@@ -24,7 +24,7 @@ from tests.support.batch_lines import QUEUE, all_results, feed_once, line, made
 from tests.support.processes import block_until, wait_until
 from tests.support.simulator import SimulatorHandle, running_simulator
 from tests.support.store import StoreServer, keys_without_ttl, running_store
-from tests.support.worker import QUICK, WorkerProcess, worker_process
+from tests.support.worker import STEADY, WorkerProcess, worker_process
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +44,28 @@ def server(tmp_path: Path) -> Generator[StoreServer]:
 
 Configured = Callable[..., Path]
 
+DYING = STEADY.replace("dead_after_s = 60.0", "dead_after_s = 12.0")
+"""Where lines are counted that were asked again: only the dead look so, and none that is stopped for seconds."""
+
+LAST = 20
+"""How many lines an open batch lacks."""
+
 
 @pytest.fixture
 def config(tmp_path: Path, server: StoreServer, simulator: SimulatorHandle) -> Configured:
     """Writes a configuration whose model ``sim`` answers ``tokens`` words at ``rate`` a second."""
 
-    def write(name: str = "batch", *, tokens: int = 4, rate: float = 40, more: str = "concurrency = 20\n") -> Path:
+    def write(
+        name: str = "batch",
+        *,
+        tokens: int = 4,
+        rate: float = 40,
+        more: str = "concurrency = 20\n",
+        beats: str = STEADY,
+    ) -> Path:
         path = tmp_path / f"{name}.toml"
         path.write_text(
-            f'redis_url = "{server.url}"\n{QUICK}{more}'
+            f'redis_url = "{server.url}"\n{beats}{more}'
             f'[models.sim]\ntype = "local_openai"\napi_url = "{simulator.url}/v1"\n'
             f'model_name = "sim:tokens={tokens},rate={rate},key={tmp_path.name}"\n'
             "[models.fast]\ntype = 'echo'\n"
@@ -188,12 +201,12 @@ async def test_a_job_of_a_batch_is_streamed_and_cancelled_like_any_other(config,
 
 
 async def test_the_feeders_worker_and_then_the_other_one_are_killed(config, simulator, stack) -> None:
-    path = config(tokens=8, rate=20)
+    path = config(tokens=8, rate=20, beats=DYING)
     producer = await producer_of(stack, path)
     store = await producer.store()
     lines = 400
     with worker_process(path, "one") as one, worker_process(path, "two") as two:
-        batch_id = await made(producer.batches, [line(i, model="sim") for i in range(lines)])
+        batch_id = await open_batch(producer, lines)
         await until_done(producer, batch_id, 40)
         first = await feeders_worker(store, [one, two])
         first.signal(signal.SIGKILL)
@@ -202,6 +215,7 @@ async def test_the_feeders_worker_and_then_the_other_one_are_killed(config, simu
             second = two if first is one else one
             await feeders_worker(store, [second, three])
             second.signal(signal.SIGKILL)
+            await close_batch(producer, batch_id, lines)
             status = await ended(producer, batch_id)
             assert (status.state, status.succeeded) == ("completed", lines)
             await check_all_there(producer, batch_id, lines)
@@ -210,6 +224,19 @@ async def test_the_feeders_worker_and_then_the_other_one_are_killed(config, simu
     # Only what ran when its worker was killed was asked again: at most all slots of both.
     assert sum(count - 1 for count in often.values()) <= 2 * 16
     assert max(often.values()) <= 3
+
+
+async def open_batch(producer: AsyncProducer, lines: int) -> str:
+    """A batch that takes some lines more: until it has them somebody feeds it, however soon the others have run."""
+    first = [line(i, model="sim") for i in range(lines - LAST)]
+    return await made(producer.batches, first, seal=False, chunk_lines=LAST)
+
+
+async def close_batch(producer: AsyncProducer, batch_id: str, lines: int) -> None:
+    """The last lines."""
+    last = [line(i, model="sim") for i in range(lines - LAST, lines)]
+    await producer.batches.add(batch_id, lines // LAST - 1, last)
+    await producer.batches.seal(batch_id, lines)
 
 
 async def test_a_store_that_is_killed_loses_and_doubles_nothing(config, simulator, server, stack) -> None:
@@ -229,17 +256,18 @@ async def test_a_store_that_is_killed_loses_and_doubles_nothing(config, simulato
 
 
 async def test_a_worker_that_drains_leaves_its_lines_and_the_lease_to_another_one(config, simulator, stack) -> None:
-    path = config(tokens=8, rate=20, more="concurrency = 20\ndrain_s = 30\n")
+    path = config(tokens=8, rate=20, more="concurrency = 20\ndrain_s = 600\n")
     producer = await producer_of(stack, path)
     store = await producer.store()
     lines = 200
     with worker_process(path, "one") as one, worker_process(path, "two") as two:
-        batch_id = await made(producer.batches, [line(i, model="sim") for i in range(lines)])
+        batch_id = await open_batch(producer, lines)
         await until_done(producer, batch_id, 30)
         leaving = await feeders_worker(store, [one, two])
         leaving.signal(signal.SIGTERM)
         staying = two if leaving is one else one
         await feeders_worker(store, [staying])
+        await close_batch(producer, batch_id, lines)
         status = await ended(producer, batch_id)
         assert (status.state, status.succeeded) == ("completed", lines)
         block_until(lambda: leaving.process.poll() is not None, "the worker has ended")

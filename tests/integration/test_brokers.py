@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from kombu.connection import Connection
 
-from promptmill import AsyncProducer, JobCancelled, keys
+from promptmill import AsyncProducer, JobCancelled, enqueue, keys
 from promptmill.client.aio import AsyncJob
 from promptmill.contract import Restart
 from promptmill.doctor.stores import check_broker
@@ -24,7 +24,7 @@ from promptmill.up.embedded import free_port
 from promptmill_workers.process import EXIT_BROKEN
 from tests.support.brokers import Broker
 from tests.support.metrics import scrape
-from tests.support.processes import wait_until
+from tests.support.processes import PATIENCE_S, wait_until
 from tests.support.rabbit import running_rabbit
 from tests.support.store import keys_without_ttl, redis_program, running_store
 from tests.support.streams import check_whole, collect, phases, text_of, wait_for_tokens
@@ -45,6 +45,8 @@ options = { tokens_per_s = 20 }
 type = "echo"
 family = "apart"
 """
+STALLING = CONFIG.replace("tokens_per_s = 20", 'tokens_per_s = 20, fault = "stall", fault_after = 5')
+"""For a worker that is to end with jobs in its hands, however late that is: none of ``slow`` ends by itself there."""
 
 ENDLESS = """
 [models.endless]
@@ -83,18 +85,12 @@ def broker(server: Broker) -> Generator[Broker]:
 def configure(broker: Broker, write_config: Configure) -> Configure:
     """As ``write_config``, with the broker."""
 
-    def write(text: str = "", more: str = "") -> tuple[Path, Settings]:
-        return write_config(f'broker_url = "{broker.url}"\n{text}{CONFIG}{more}')
+    def write(
+        text: str = "", more: str = "", *, config: str = CONFIG, name: str = "promptmill.toml"
+    ) -> tuple[Path, Settings]:
+        return write_config(f'broker_url = "{broker.url}"\n{text}{config}{more}', name)
 
     return write
-
-
-async def holder_of(producer: AsyncProducer, job_id: str, worker_ids: list[str]) -> int:
-    """Which of the workers runs a job."""
-    store = await producer.store()
-    held = [bool(await store.redis.sismember(keys.claims(worker_id), job_id)) for worker_id in worker_ids]
-    assert sum(held) == 1
-    return held.index(True)
 
 
 async def states(producer: AsyncProducer, jobs: Sequence[AsyncJob]) -> list[str]:
@@ -128,13 +124,14 @@ async def test_jobs_run_and_their_tokens_are_their_text(configure: Configure, br
 
 
 async def test_a_killed_workers_job_is_picked_up(configure: Configure) -> None:
-    path, settings = configure()
+    stalling, settings = configure(config=STALLING, name="stalling.toml")
+    path, _ = configure()
     async with AsyncProducer(settings) as producer:
-        with worker_process(path, "first") as first:
+        with worker_process(stalling, "first") as first:
             await first.ready(settings.store_url)
             job = await producer.submit(LONG, model="slow")
             reading = asyncio.create_task(collect(producer, job.id))
-            await wait_for_tokens(producer, job.id, 5)
+            await wait_for_tokens(producer, job.id, 1)
             first.signal(signal.SIGKILL)
         with worker_process(path, "second"):
             stored = await job.result(60)
@@ -145,25 +142,30 @@ async def test_a_killed_workers_job_is_picked_up(configure: Configure) -> None:
 
 
 async def test_past_the_drain_limit_a_job_is_handed_back_and_picked_up(configure: Configure) -> None:
-    path, settings = configure("drain_s = 0.2\n")
-    with worker_process(path, "first") as first, worker_process(path, "second") as second:
-        workers = [first, second]
-        ids = [await worker.ready(settings.store_url) for worker in workers]
-        async with AsyncProducer(settings) as producer:
+    # Neither is to look dead: what a dead worker held costs an attempt.
+    steady = CONFIG.replace("dead_after_s = 4.0", "dead_after_s = 60.0")
+    stalling = STALLING.replace("dead_after_s = 4.0", "dead_after_s = 60.0")
+    leaves, settings = configure("drain_s = 0.2\n", config=stalling, name="stalling.toml")
+    path, _ = configure(config=steady)
+    async with AsyncProducer(settings) as producer:
+        with worker_process(leaves, "first") as first:
+            await first.ready(settings.store_url)
             job = await producer.submit(LONG, model="slow")
-            await wait_for_tokens(producer, job.id, 3)
-            leaving = workers[await holder_of(producer, job.id, ids)]
-            leaving.signal(signal.SIGTERM)
-            stored = await job.result(60)
-            assert stored.text == LONG
-            assert stored.attempt == 1, "a hand-back costs no attempt"
-            await wait_until(lambda: leaving.process.poll() == 0, "the worker ended well")
+            await wait_for_tokens(producer, job.id, 1)
+            with worker_process(path, "second") as second:
+                await second.ready(settings.store_url)
+                first.signal(signal.SIGTERM)
+                stored = await job.result(60)
+                assert stored.text == LONG
+                assert stored.attempt == 1, "a hand-back costs no attempt"
+                await wait_until(lambda: first.process.poll() == 0, "the worker ended well")
 
 
 async def test_a_second_signal_hands_jobs_back_and_nothing_is_lost(configure: Configure, broker: Broker) -> None:
-    path, settings = configure("drain_s = 60\nconcurrency = 3\n")
+    stalling, settings = configure("drain_s = 600\nconcurrency = 3\n", config=STALLING, name="stalling.toml")
+    path, _ = configure("concurrency = 3\n")
     async with AsyncProducer(settings) as producer:
-        with worker_process(path, "first") as first:
+        with worker_process(stalling, "first") as first:
             await first.ready(settings.store_url)
             jobs = await producer.submit_many([{"prompt": LONG, "model": "slow"} for _ in range(5)])
             await wait_until(lambda: running_are(producer, jobs, 3), "three of the five run")
@@ -259,7 +261,8 @@ async def test_an_interactive_job_goes_before_the_batch_that_waited_first(config
 
 
 async def test_a_job_is_handed_on_to_the_family_that_its_producer_did_not_know(configure: Configure) -> None:
-    path, settings = configure()
+    # Neither worker is to look dead: its job would be put back once more.
+    path, settings = configure(config=CONFIG.replace("dead_after_s = 4.0", "dead_after_s = 60.0"))
     with worker_process(path) as worker, worker_process(path, "own", "apart") as own:
         await worker.ready(settings.store_url)
         await own.ready(settings.store_url)
@@ -273,12 +276,12 @@ async def test_a_job_is_handed_on_to_the_family_that_its_producer_did_not_know(c
 
 
 async def test_queued_and_running_jobs_are_cancelled(configure: Configure, broker: Broker) -> None:
-    path, settings = configure("concurrency = 1\n")
+    path, settings = configure("concurrency = 1\n", ENDLESS)
     with worker_process(path) as worker:
         async with AsyncProducer(settings) as producer:
             await worker.ready(settings.store_url)
-            running = await producer.submit(LONG, model="slow")
-            await wait_for_tokens(producer, running.id, 2)
+            running = await producer.submit("word ", model="endless")
+            await wait_for_tokens(producer, running.id, 1)
             queued = await producer.submit("never", model="fast")
             for job in (queued, running):
                 assert (await job.cancel()).state == "cancelled"
@@ -361,9 +364,10 @@ async def test_jobs_of_both_kinds_compete_for_the_last_slots_and_each_runs_once(
 
 
 async def test_a_worker_stops_well_while_its_batch_jobs_wait(configure: Configure, broker: Broker) -> None:
-    path, settings = configure("concurrency = 5\ndrain_s = 0.2\n")
+    stalling, settings = configure("concurrency = 5\ndrain_s = 0.2\n", config=STALLING, name="stalling.toml")
+    path, _ = configure("concurrency = 5\n")
     async with AsyncProducer(settings) as producer:
-        with worker_process(path) as worker:
+        with worker_process(stalling) as worker:
             await worker.ready(settings.store_url)
             jobs = await producer.submit_many([{"prompt": LONG, "model": "slow", "priority": "batch"}] * 8)
             await wait_until(lambda: running_are(producer, jobs, 4), "four of the eight run")
@@ -403,30 +407,37 @@ async def test_messages_survive_a_broker_that_is_killed(broker: Broker) -> None:
     assert broker.purge(INTERACTIVE) == 600
 
 
-async def test_while_a_broker_hangs_the_event_loop_goes_on(broker: Broker) -> None:
+async def test_while_a_broker_hangs_the_event_loop_goes_on(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     sender = Enqueuer(broker.url)
+    with monkeypatch.context() as patch:
+        patch.setattr(enqueue, "ANSWER_S", PATIENCE_S)
+        patient = Enqueuer(broker.url)
     try:
-        assert await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
+        for one in (sender, patient):
+            assert await one.send([(keys.new_job_id(), INTERACTIVE)]) == 1
         os.kill(broker.pid, signal.SIGSTOP)
         try:
-            sending = asyncio.create_task(sender.send([(keys.new_job_id(), INTERACTIVE)] * 3))
-            turns = 0
-            while not sending.done():
-                await asyncio.sleep(0.01)
-                turns += 1
-            assert await sending == 0, "what the broker did not confirm is not sent"
-            assert turns > 10
+            messages = [(keys.new_job_id(), INTERACTIVE)] * 3
+            assert await sender.send(messages) == 0, "what the broker did not confirm is not sent"
             assert await sender.depth(INTERACTIVE) is None
+            # From here on for as long as it takes: who is stopped himself must not find it given up.
+            monkeypatch.setattr(enqueue, "ANSWER_S", PATIENCE_S)
+            sending = asyncio.create_task(patient.send(messages))
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert not sending.done(), "the event loop stood still until the broker was given up"
         finally:
             os.kill(broker.pid, signal.SIGCONT)
+        assert await sending == 3
 
         async def sent() -> bool:
             return await sender.send([(keys.new_job_id(), INTERACTIVE)]) == 1
 
         await wait_until(sent, "the broker takes messages again")
-        assert (await sender.depth(INTERACTIVE) or 0) >= 2
+        assert (await sender.depth(INTERACTIVE) or 0) >= 6
     finally:
         await sender.aclose()
+        await patient.aclose()
     broker.purge(INTERACTIVE)
 
 

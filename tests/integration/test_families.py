@@ -13,10 +13,11 @@ from redis.asyncio import Redis
 from promptmill import AsyncProducer, JobFailed, keys
 from promptmill.contract import Progress
 from promptmill.heartbeat import read_beats
+from promptmill.queues import API_FAMILY, queue_for
 from promptmill.store import Store
 from tests.support.plugin import install_plugin
 from tests.support.processes import PATIENCE_S, wait_until
-from tests.support.worker import QUICK, worker_process
+from tests.support.worker import QUICK, STEADY, worker_process
 
 FAMILY_OF_ITS_OWN = """
 [models.plain]
@@ -82,7 +83,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 async def test_a_job_of_a_family_runs_only_on_its_workers(write_config) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     async with AsyncProducer(settings) as producer:
         with worker_process(path) as plain:
             await plain.ready(settings.store_url)
@@ -93,11 +94,15 @@ async def test_a_job_of_a_family_runs_only_on_its_workers(write_config) -> None:
             with worker_process(path, "own", "apart") as own:
                 await own.ready(settings.store_url)
                 assert (await waiting.result(PATIENCE_S)).text == "hello"
-                assert (await producer.ready()).families["apart"] == 1
+
+                async def served() -> bool:
+                    return (await producer.ready()).families.get("apart") == 1
+
+                await wait_until(served, "its family is served")
 
 
 async def test_a_job_whose_producer_did_not_know_the_family_is_handed_on(write_config) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     # No models: all that this producer knows is a name.
     async with AsyncProducer(settings.model_copy(update={"models": {}})) as producer:
         with worker_process(path) as plain, worker_process(path, "own", "apart") as own:
@@ -117,7 +122,7 @@ async def test_a_job_whose_producer_did_not_know_the_family_is_handed_on(write_c
 
 
 async def test_two_workers_that_disagree_about_a_family_do_not_pass_a_job_to_and_fro(write_config, tmp_path) -> None:
-    path, settings = write_config(QUICK + FAMILY_OF_ITS_OWN)
+    path, settings = write_config(STEADY + FAMILY_OF_ITS_OWN)
     other = tmp_path / "other.toml"
     # This one believes that `apart` belongs to the API workers; another model makes it serve the family.
     text = path.read_text().replace('[models.apart]\ntype = "echo"\nfamily = "apart"', '[models.apart]\ntype = "echo"')
@@ -168,11 +173,17 @@ async def test_a_worker_whose_event_loop_stands_still_swallows_no_message(
             await wait_until(mark.exists, "the first worker blocks")
             jobs = [await producer.submit(str(n), model="e") for n in range(20)]  # all of them come to it alone
             await wait_until(lambda: "no message is taken" in one.log.read_text(), "it leaves the queues")
+            store = await producer.store()
+
+            async def all_wait() -> bool:
+                return await store.redis.llen(queue_for("interactive", API_FAMILY)) == len(jobs)
+
+            # Nobody else watches yet: what is not there was swallowed, and only a sweep would find it.
+            await wait_until(all_wait, "every message waits for another worker")
             with worker_process(path, "two", env=env) as two:
                 await two.ready(settings.store_url)
                 assert [(await job.result(PATIENCE_S)).text for job in jobs] == [str(n) for n in range(20)]
             one.process.kill()
-            assert "sending the messages" not in two.log.read_text(), "one swallowed a message until the sweep found it"
 
 
 async def test_a_worker_whose_event_loop_turns_again_takes_messages_again(
