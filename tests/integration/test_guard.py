@@ -54,7 +54,7 @@ class Starter:
     def __init__(self) -> None:
         self.started: list[Guarded] = []
 
-    def __call__(self, *command: str, grace_s: float = 5, stdin: bytes = b"", lock_fd: int = -1) -> Guarded:
+    def __call__(self, *command: str, grace_s: float = PATIENCE_S, stdin: bytes = b"", lock_fd: int = -1) -> Guarded:
         lifeline, end = os.pipe()
         process = subprocess.Popen(
             [
