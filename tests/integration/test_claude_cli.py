@@ -95,7 +95,7 @@ async def test_a_provider_that_cannot_be_reached_is_unreachable(sim: ProgramSimu
     ("model", "bounds", "code", "text"),
     [
         ("sim:fault=hang", {"first_token_s": 2}, "timeout_first_token", ""),
-        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 3}, "timeout_idle", "tok0 tok1 "),
+        ("sim:tokens=4,after=2,fault=stall", {"first_token_s": 60, "idle_s": 6}, "timeout_idle", "tok0 tok1 "),
         ("sim:tokens=1000,rate=20", {"first_token_s": 60, "total_s": 3}, "timeout_total", None),
     ],
 )
