@@ -64,7 +64,8 @@ PRESETS: Final = {
         lost_messages=4,
         doubled_messages=6,
         heartbeat_s=0.5,
-        dead_after_s=3,
+        # Shorter, a quarantine process that waits that long for the processor passes for one that its job stopped.
+        dead_after_s=5,
     ),
     "acceptance": Options(
         seconds=180,
